@@ -1,0 +1,214 @@
+"""From a CUDA C++ file in `cuda/` to a kernel one can launch: compile with NVRTC, keep the cubin, load, launch.
+
+Everything up to loading works on a machine without a GPU, for every architecture; the tests rely on it. A source
+includes nothing but our own headers, so a cubin depends on exactly what its cache key is made of: the source, the
+headers it includes, the defines, the options, the architecture and the version of NVRTC.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from atomcli.errors import RunError, UnsupportedError
+from atomcli.resources import resource_directory
+
+log = logging.getLogger("atomcli")
+
+OPTIONS = ("-std=c++17", "--ptxas-options=-v")  # -v: only then do warnings about serialized wgmma reach the log
+
+# ptxas serializes the warpgroup MMAs of a kernel and merely warns about it (C7510 ... C7514): half the speed, so an error here.
+SERIALIZED = re.compile(r"\(C751[0-4]\)")
+INCLUDE = re.compile(r'^\s*#include\s+"([^"]+)"', re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the assembler says one kernel needs."""
+
+    registers: int
+    spill_bytes: int
+    stack_bytes: int
+
+
+@dataclass(frozen=True)
+class Program:
+    """A compiled source: the cubin, the compiler's log and the resources of each kernel in it."""
+
+    cubin: bytes
+    log: str
+
+    @functools.cached_property
+    def resources(self) -> dict[str, Resources]:
+        found = {}
+        for part in self.log.split("Compiling entry function '")[1:]:
+            stack, stores, loads = (int(n) for n in re.search(
+                r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part).groups())
+            registers = int(re.search(r"Used (\d+) registers", part)[1])
+            found[part.split("'")[0]] = Resources(registers, stores + loads, stack)
+        return found
+
+
+def cache_directory() -> Path:
+    return Path(os.environ.get("ATOM_CACHE") or Path.home() / ".cache" / "atom") / "kernels"
+
+
+def architecture(device: torch.device) -> str:
+    """The compilation target of a card: "90a" for an H100. The suffix stands for instructions of just that generation."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{major}{minor}" + ("a" if major >= 9 else "")
+
+
+def compile_source(file: str, arch: str, defines: Mapping[str, int | str] | None = None) -> Program:
+    """Compile `cuda/<file>` for `arch` ("80", "90a", ...) with `defines`, or take it from the cache.
+
+    Raises RunError with the compiler's log, also when the compiler serialized warpgroup MMAs.
+    """
+    source = (resource_directory("cuda") / file).read_text()
+    headers = _headers(source)
+    options = (f"-arch=sm_{arch}", *OPTIONS, *(f"-D{name}={value}" for name, value in sorted((defines or {}).items())))
+    parts = (source, *(text for item in sorted(headers.items()) for text in item), *options, str(_nvrtc().getVersion()))
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    stem = f"{Path(file).stem}-{key[:32]}"
+    program = _read_cached(stem)
+    if program is None:
+        program = _compile(file, source, headers, options)
+        _write_cached(stem, program)
+    return program
+
+
+def _headers(source: str) -> dict[str, str]:
+    """All headers that a source includes, directly or through another: name -> text."""
+    headers, pending = {}, INCLUDE.findall(source)
+    while pending:
+        name = pending.pop()
+        if name not in headers:
+            headers[name] = (resource_directory("cuda") / name).read_text()
+            pending += INCLUDE.findall(headers[name])
+    return headers
+
+
+@functools.cache
+def _nvrtc():
+    try:
+        from cupy.cuda import nvrtc
+        nvrtc.getVersion()
+        return nvrtc
+    except Exception as error:  # CuPy reports a library it can't find by an exception of another package
+        raise UnsupportedError(f"the CUDA runtime compiler can't be loaded: {type(error).__name__}: {str(error).splitlines()[0]}",
+                               "pip install 'cupy-cuda13x[ctk]'") from error
+
+
+def _compile(file: str, source: str, headers: Mapping[str, str], options: tuple[str, ...]) -> Program:
+    nvrtc = _nvrtc()
+    program = nvrtc.createProgram(source, file, tuple(headers.values()), tuple(headers))
+    try:
+        nvrtc.compileProgram(program, options)
+        compiled = Program(nvrtc.getCUBIN(program), nvrtc.getProgramLog(program))
+    except nvrtc.NVRTCError as error:
+        raise RunError(f"{file} does not compile with {' '.join(options)}:\n{nvrtc.getProgramLog(program)}") from error
+    finally:
+        nvrtc.destroyProgram(program)
+    if SERIALIZED.search(compiled.log):
+        raise RunError(f"{file}: the assembler serialized warpgroup MMAs with {' '.join(options)}:\n{compiled.log}")
+    return compiled
+
+
+def _read_cached(stem: str) -> Program | None:
+    try:
+        return Program((cache_directory() / f"{stem}.cubin").read_bytes(), (cache_directory() / f"{stem}.log").read_text())
+    except OSError:
+        return None
+
+
+def _write_cached(stem: str, program: Program) -> None:
+    """The log first: a cubin that is there is complete. A cache that can't be written costs time, nothing else."""
+    try:
+        cache_directory().mkdir(parents=True, exist_ok=True)
+        for suffix, content in ((".log", program.log.encode()), (".cubin", program.cubin)):
+            with tempfile.NamedTemporaryFile(dir=cache_directory(), delete=False) as file:
+                file.write(content)
+            os.replace(file.name, cache_directory() / (stem + suffix))
+    except OSError as error:
+        log.warning("compiled kernels are not kept: %s", error)
+
+
+class _LaunchAttribute(ctypes.Structure):  # CUlaunchAttribute of cuda.h
+    _fields_ = (("id", ctypes.c_int), ("padding", ctypes.c_int), ("value", ctypes.c_int), ("union", ctypes.c_byte * 60))
+
+
+class _LaunchConfig(ctypes.Structure):  # CUlaunchConfig of cuda.h
+    _fields_ = (("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared_bytes", ctypes.c_uint),
+                ("stream", ctypes.c_void_p), ("attributes", ctypes.POINTER(_LaunchAttribute)), ("attribute_count", ctypes.c_uint))
+
+
+PROGRAMMATIC_STREAM_SERIALIZATION = 6    # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+MAX_DYNAMIC_SHARED_SIZE_BYTES = 8        # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+OVERLAP = _LaunchAttribute(id=PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+class Kernel:
+    """A kernel on one device, launched on torch's current stream.
+
+    The driver is called directly: CuPy's own launch takes no launch attributes and three times as long.
+    """
+
+    def __init__(self, program: Program, entry: str, shared_bytes: int, device: torch.device) -> None:
+        from cupy.cuda import driver, function
+        self.device, self.entry = device, entry
+        self.shared_bytes = shared_bytes
+        with torch.cuda.device(device):
+            torch.cuda.current_stream()  # makes torch's context the current one
+            self.module = function.Module()
+            self.module.load(program.cubin)
+            self.handle = ctypes.c_void_p(self.module.get_function(entry).ptr)
+            if shared_bytes > 48 << 10:
+                driver.funcSetAttribute(self.handle.value, MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes)
+
+    def launch(self, grid: int | tuple[int, ...], block: int, *arguments: torch.Tensor | int | float | None, overlap: bool = False) -> None:
+        """Enqueue one launch. Tensors pass their address, None the null pointer, int and float 32 bits.
+
+        `overlap`: programmatic dependent launch; the kernel may start while its predecessor in the stream still
+        runs, and must itself wait (griddepcontrol.wait) before it touches what the predecessor writes.
+        """
+        values = [_argument(value) for value in arguments]
+        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        x, y, z = (grid, 1, 1) if isinstance(grid, int) else (*grid, 1, 1)[:3]
+        config = _LaunchConfig((x, y, z), (block, 1, 1), self.shared_bytes, torch.cuda.current_stream(self.device).cuda_stream,
+                               ctypes.pointer(OVERLAP) if overlap else None, int(overlap))
+        status = _driver().cuLaunchKernelEx(ctypes.byref(config), self.handle, pointers, None)
+        if status:
+            raise RunError(f"{self.entry}: the driver refused the launch of {x}x{y}x{z} blocks of {block} threads with "
+                           f"{self.shared_bytes} bytes of shared memory (CUresult {status})")
+
+
+def _argument(value: torch.Tensor | int | float | None) -> ctypes._SimpleCData:
+    if value is None:
+        return ctypes.c_void_p(0)
+    if isinstance(value, torch.Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    return ctypes.c_int32(value) if isinstance(value, int) else ctypes.c_float(value)
+
+
+_loaded: dict[tuple, Kernel] = {}
+
+
+def load_kernel(file: str, entry: str, device: torch.device, defines: Mapping[str, int | str] | None = None, shared_bytes: int = 0) -> Kernel:
+    """The kernel `entry` of `cuda/<file>` on `device`, compiled and loaded on first use."""
+    key = (file, entry, device.index, tuple(sorted((defines or {}).items())), shared_bytes)
+    if key not in _loaded:
+        _loaded[key] = Kernel(compile_source(file, architecture(device), defines), entry, shared_bytes, device)
+    return _loaded[key]

@@ -1,0 +1,1 @@
+"""How fast a checkpoint and its kernels are, beside what one would use instead."""

@@ -1,0 +1,38 @@
+"""What can go wrong, as sentences a person can act on.
+
+Every error that atom raises on purpose says what is wrong, where, and what was allowed; `hint` says what to do
+next. The command line prints the two and nothing else; each class fixes the exit code.
+"""
+
+
+class AtomError(Exception):
+    """Base of all errors atom raises on purpose; `exit_code` is what the shell sees."""
+
+    exit_code = 1
+
+    def __init__(self, what: str, hint: str | None = None) -> None:
+        super().__init__(what)
+        self.what = what
+        self.hint = hint
+
+
+class UsageError(AtomError):
+    """The command line or the recipe is wrong."""
+
+    exit_code = 2
+
+
+class InputError(AtomError):
+    """A model, checkpoint, text or artifact that was handed in is missing, damaged or contradicts itself."""
+
+
+class UnsupportedError(AtomError):
+    """An architecture, card or combination that atom can't serve; never a silent substitute."""
+
+
+class RunError(AtomError):
+    """The run itself failed: a full disk, a verification mismatch, numbers that are not finite."""
+
+
+class ThresholdError(AtomError):
+    """A quality gate that the user asked for was not met."""

@@ -1,0 +1,92 @@
+import pytest
+import torch
+
+from atomcli.formats.activations import quantize_activations
+from atomcli.formats.scheme import ActivationFormat, Scheme, WeightFormat
+
+FORMATS = {
+    "int8 per token": ActivationFormat("int8"),
+    "int4 per token": ActivationFormat("int4"),
+    "int4 fp16": ActivationFormat("int4", 128, "fp16"),
+    "int4 two-level": ActivationFormat("int4", 128, "two_level"),
+    "int4 two-level asymmetric": ActivationFormat("int4", 128, "two_level", symmetric=False),
+    "e2m1 fp16": ActivationFormat("e2m1", 128, "fp16"),
+    "mxfp4": ActivationFormat("e2m1", 32, "e8m0"),
+    "nvfp4": ActivationFormat("e2m1", 16, "e4m3"),
+}
+# Relative error on Gaussian data: what each format should at least reach, from its step size.
+WORST = dict(zip(FORMATS, [0.012, 0.16, 0.125, 0.125, 0.105, 0.12, 0.13, 0.1], strict=True))
+
+
+def _scheme(format: ActivationFormat, outliers: int = 0) -> Scheme:
+    return Scheme(WeightFormat("int4", 128, "fp16"), format, outliers)
+
+
+def _inputs(channels: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(channels)
+    return torch.randn(37, channels, generator=generator) * 10 ** torch.randn(37, 1, generator=generator)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("channels", [1024, 448])
+def test_error_stays_within_the_format(name: str, channels: int) -> None:
+    x = _inputs(channels)
+    error = quantize_activations(x, _scheme(FORMATS[name])).dequantize() - x
+    assert (error.norm(dim=1) / x.norm(dim=1)).mean() < WORST[name]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_zeros_stay_zero_and_finite(name: str) -> None:
+    x = torch.zeros(3, 448)
+    x[1, 5] = 1e-20
+    x[2, 200] = 3.0
+    restored = quantize_activations(x, _scheme(FORMATS[name], 64)).dequantize()
+    assert torch.equal(restored[0], x[0])
+    assert restored.isfinite().all()
+    assert (restored[2, :128] == 0).all()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_two_level_operands_are_exact_int8(symmetric: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(400, 448, generator=generator).exp() * torch.randn(400, 1, generator=generator).sign()
+    x[::3] = torch.randn(134, 448, generator=generator) * 20 - 15
+    x[::5, ::2] *= -1
+    quantized = quantize_activations(x, _scheme(ActivationFormat("int4", 128, "two_level", symmetric)))
+    wide = quantized.codes.int() * quantized.multipliers.repeat_interleave(128, 1)[:, :448].int()
+    if quantized.offsets is not None:
+        wide = wide + quantized.offsets.repeat_interleave(128, 1)[:, :448].int()
+    assert torch.equal(wide, quantized.integers().int())
+    low, high = (-7, 7) if symmetric else (0, 15)
+    assert quantized.codes.amin() >= low
+    assert quantized.codes.amax() <= high
+
+
+def test_a_token_does_not_depend_on_its_neighbours() -> None:
+    x = _inputs(448)
+    for format in FORMATS.values():
+        scheme = _scheme(format, 64)
+        together, alone = (
+            quantize_activations(x, scheme).dequantize(),
+            quantize_activations(x[4:5], scheme).dequantize(),
+        )
+        assert torch.equal(together[4:5], alone)
+
+
+def test_clip_narrows_the_body_but_not_the_outliers() -> None:
+    x = torch.full((1, 256), 0.1)
+    x[0, 0], x[0, -1] = 10.0, 10.0
+    scheme = _scheme(ActivationFormat("int4", 128, "fp16", clip=0.5), outliers=128)
+    restored = quantize_activations(x, scheme).dequantize()
+    assert restored[0, 0] == pytest.approx(5.0, rel=1e-3)
+    assert restored[0, -1] == pytest.approx(10.0, rel=1e-3)
+
+
+def test_scales_are_rounded_before_codes_are_taken() -> None:
+    x = _inputs(128)
+    quantized = quantize_activations(x, _scheme(FORMATS["int4 fp16"]))
+    assert quantized.group_scales is not None
+    assert quantized.group_scales.dtype == torch.float16
+    nearest = (x / quantized.group_scales.float()).round().clamp(-7, 7)
+    assert (nearest - quantized.codes).abs().max() <= 1  # the reciprocal may move an exact tie
+    assert (nearest != quantized.codes).float().mean() < 1e-3

@@ -1,0 +1,1 @@
+"""How to choose the numbers: permutation and outliers, scales, rounding."""

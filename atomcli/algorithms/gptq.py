@@ -1,0 +1,104 @@
+"""GPTQ: round column by column and let the columns still to come absorb the error (Frantar et al., ICLR 2023).
+
+Columns are taken in the layout's order, ascending energy: each error is pushed towards channels that matter more to
+the output and are still free to correct it. The outlier columns come last, absorb what is left and become INT8. Group
+scales are computed when their group is reached, from the weights as updated by then.
+"""
+
+import torch
+from torch import Tensor
+
+from atomcli.algorithms.clipping import Clip, choose_group_scales, choose_unit
+from atomcli.algorithms.rounding import round_outliers
+from atomcli.errors import RunError
+from atomcli.formats import grids, scales
+from atomcli.formats.scheme import Scheme
+from atomcli.formats.weights import QuantizedWeight
+
+DAMPING = 0.01
+# Columns whose updates stay inside a cache-sized panel before they reach the rest of the matrix in one product.
+_PANEL = 128
+
+
+def error_factor(hessian: Tensor, damping: float = DAMPING) -> Tensor:
+    """The upper triangular U (K, K) with U^T U = (H + damping)^-1, whose row i says where column i's error goes.
+
+    hessian (K, K) fp32, symmetric. `damping` is relative to the mean of the diagonal and grows tenfold until the
+    Cholesky decomposition succeeds. Raises RunError when it never does, which takes a Hessian that is not finite.
+    """
+    channels = hessian.shape[0]
+    identity = torch.eye(channels, dtype=torch.float32, device=hessian.device)
+    mean = hessian.diagonal().mean()
+    if not bool(torch.isfinite(hessian).all()):
+        raise RunError("a Hessian of the calibration inputs is not finite")
+    if not bool(mean > 0):
+        return identity
+    while damping <= 1e4:
+        damped = hessian / mean
+        damped.diagonal().add_(damping)
+        # Decomposing the reversed matrix gives H = R R^T with R upper triangular, so U = R^-1 needs one solve.
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if not bool(failed):
+            factor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+            if bool(torch.isfinite(factor).all()):
+                return factor
+        damping *= 10
+    raise RunError("a Hessian of the calibration inputs can't be decomposed, even with heavy damping")
+
+
+def gptq(weight: Tensor, factor: Tensor, importance: Tensor, scheme: Scheme, clip: Clip) -> QuantizedWeight:
+    """Quantize `weight` (N, K) fp32 in its layout's order, minimising the output error of its calibration inputs.
+
+    factor (K, K): `error_factor` of the Hessian of those inputs, shared by the linears of a site.
+    importance (K,): the Hessian's diagonal, by which a searched clip is weighted. `weight` is left alone.
+    """
+    format, (rows, channels) = scheme.weights, weight.shape
+    body, group = scheme.body(channels), scheme.weights.group or scheme.body(channels)
+    unit = choose_unit(weight[:, :body], importance[:body], format, clip)
+    columns = weight.t().contiguous()  # (K, N): a column of the weight is one contiguous row
+    if columns.data_ptr() == weight.data_ptr():
+        columns = columns.clone()
+    codes = torch.empty(body, rows, dtype=torch.int8, device=weight.device)
+    diagonal = factor.diagonal().tolist()
+    stored: list[Tensor] = []
+    scale = scales.effective(None, format, unit)[:, 0] if format.scale == "row" else torch.empty(0)
+    inverse = grids.reciprocal(scale)
+    for start in range(0, body, _PANEL):
+        end = min(start + _PANEL, body)
+        panel, local = columns[start:end], factor[start:end, start:end]
+        errors = torch.empty_like(panel)
+        for i in range(end - start):
+            position = start + i
+            if position % group == 0 and format.scale != "row":
+                until = min(position + group, body)
+                members = columns[position:until].t()[:, None, :]
+                chosen = choose_group_scales(members, importance[None, position:until], format, clip, unit)
+                assert chosen is not None
+                stored.append(chosen)
+                scale = scales.effective(chosen, format, unit)[:, 0]
+                inverse = grids.reciprocal(scale)
+            column = panel[i]
+            codes[position] = grids.encode(column * inverse, format.grid)
+            error = torch.addcmul(column, grids.decode(codes[position], format.grid), scale, value=-1, out=errors[i])
+            error.div_(diagonal[position])
+            if i + 1 < end - start:
+                panel[i + 1 :].addr_(local[i, i + 1 :], error, alpha=-1)
+        columns[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1)
+    outlier_codes, outlier_scale = round_outliers(columns[body:].t())
+    group_scales = _join(stored) if stored else None
+    return QuantizedWeight.from_codes(scheme, codes.t().contiguous(), group_scales, unit, outlier_codes, outlier_scale)
+
+
+def _join(stored: list[Tensor]) -> Tensor:
+    """Concatenate (N, 1) group scales; through bytes for float8, which has no concatenation on every device."""
+    if stored[0].dtype == torch.float8_e4m3fn:
+        return torch.cat([each.view(torch.uint8) for each in stored], dim=1).view(torch.float8_e4m3fn)
+    return torch.cat(stored, dim=1)
+
+
+def relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
+    """Output error of `quantized` (N, K) relative to the output of `weight`: tr(dW H dW^T) / tr(W H W^T)."""
+    difference = quantized - weight
+    lost = ((difference @ hessian) * difference).sum(dtype=torch.float64)
+    whole = ((weight @ hessian) * weight).sum(dtype=torch.float64)
+    return float(lost / whole) if float(whole) > 0 else 0.0

@@ -1,0 +1,360 @@
+"""A recipe: which numbers a model gets, and how they are chosen.
+
+A recipe is a small YAML file (see `recipes/`); this module is its schema, its defaults and its error messages.
+Everything a run depends on is in the resolved recipe, which is saved with the result.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from atomcli.errors import UsageError
+from atomcli.formats.scheme import GROUPS, SCHEMES, ActivationFormat, Element, KVFormat, ScaleKind, Scheme, WeightFormat
+from atomcli.resources import resource_directory
+
+# format -> its own group and scale type (OCP MX, NVFP4)
+MICROSCALED: dict[str, tuple[int, ScaleKind]] = {"mxfp4": (32, "e8m0"), "nvfp4": (16, "e4m3")}
+_ELEMENTS: dict[str, Element] = {
+    "int4": "int4",
+    "int8": "int8",
+    "e2m1": "e2m1",
+    "mxfp4": "e2m1",
+    "nvfp4": "e2m1",
+    "none": "float",
+}
+
+NumberFormat = Literal["int4", "int8", "e2m1", "mxfp4", "nvfp4", "none"]
+ScaleRule = Literal["absmax", "two_level"]
+
+
+class Section(BaseModel):
+    """One mapping of the recipe: unknown keys are errors, values never change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Calibration(Section):
+    """Which text the statistics come from."""
+
+    dataset: str = "default"
+    samples: int = Field(default=128, ge=1)
+    sequence_length: int = Field(default=2048, ge=2)
+    seed: int = Field(default=0, ge=0)
+
+
+class Numbers(Section):
+    """What weights and activations have in common: a number format, a group of channels, a rule for the scales."""
+
+    format: NumberFormat = "int4"
+    group: int | None = 128
+    scale: ScaleRule = "absmax"
+
+    @model_validator(mode="before")
+    @classmethod
+    def fill_group(cls, data: Any) -> Any:
+        """Microscaled formats bring their own group; `none` has none."""
+        if isinstance(data, dict) and "group" not in data:
+            fixed = MICROSCALED.get(data.get("format", ""), (128, ""))[0]
+            return {**data, "group": None if data.get("format") == "none" else fixed}
+        return data
+
+    @field_validator("group")
+    @classmethod
+    def known_group(cls, group: int | None) -> int | None:
+        """A group is a power of two that the kernels and the Hadamard transform can use."""
+        if group is not None and group not in GROUPS:
+            raise ValueError(f"must be one of {', '.join(map(str, GROUPS))} or null (one scale for all channels)")
+        return group
+
+    @model_validator(mode="after")
+    def fits_format(self) -> Numbers:
+        """Refuse combinations that no kernel and no specification has."""
+        if self.format in MICROSCALED and self.group != MICROSCALED[self.format][0]:
+            raise ValueError(f"{self.format} has groups of {MICROSCALED[self.format][0]}, not {self.group}")
+        if self.scale == "two_level" and (self.format != "int4" or self.group is None):
+            raise ValueError(f"scale two_level needs format int4 with groups, not {self.format}, group {self.group}")
+        return self
+
+    @property
+    def element(self) -> Element:
+        """The element type of `formats`: what one stored number is."""
+        return _ELEMENTS[self.format]
+
+    @property
+    def scale_type(self) -> ScaleKind:
+        """The scale type of `formats`: how a scale is stored."""
+        if self.format in MICROSCALED:
+            return MICROSCALED[self.format][1]
+        if self.group is None:
+            return "row"
+        return "two_level" if self.scale == "two_level" else "fp16"
+
+
+class Weights(Numbers):
+    """How weights become numbers: format, group, rule of the scales, rounding, clip ratio."""
+
+    rounding: Literal["gptq", "rtn"] = "gptq"
+    clip: float | Literal["search"] = 1.0
+
+    @field_validator("clip")
+    @classmethod
+    def sane_clip(cls, clip: float | str) -> float | str:
+        """A ratio of the absolute maximum."""
+        if isinstance(clip, float | int) and not 0.1 <= clip <= 1.0:
+            raise ValueError("must lie between 0.1 and 1, or be 'search'")
+        return clip
+
+
+class Activations(Numbers):
+    """How activations become numbers at run time."""
+
+    symmetric: bool = True
+    clip: float = Field(default=1.0, ge=0.1, le=1.0)
+
+
+class Outliers(Section):
+    """The channels with the most energy, kept in 8 bits."""
+
+    channels: int = Field(default=0, ge=0)
+    format: Literal["int8"] = "int8"
+
+
+class KVCache(Section):
+    """How the cache stores keys and values."""
+
+    format: Literal["int4", "int8", "none"] = "none"
+    position: Literal["before_rope", "after_rope"] = "after_rope"
+    hadamard: bool = False
+    bias_free: bool = True
+
+    def to_format(self) -> KVFormat:
+        """The same as a `formats.KVFormat`."""
+        return KVFormat("float" if self.format == "none" else self.format, self.position, self.hadamard, self.bias_free)
+
+
+class Rule(Section):
+    """An exception for the linears whose name matches: kept in 16 bits, or another scheme; the first match wins."""
+
+    match: str
+    keep: bool = False
+    scheme: str | None = None
+
+    @field_validator("scheme")
+    @classmethod
+    def known_scheme(cls, scheme: str | None) -> str | None:
+        """A scheme is one of the named ones."""
+        if scheme is not None and scheme not in SCHEMES:
+            raise ValueError(f"must be one of {', '.join(sorted(SCHEMES))}{_did_you_mean(scheme, SCHEMES)}")
+        return scheme
+
+    @model_validator(mode="after")
+    def says_one_thing(self) -> Rule:
+        """A rule keeps, or it names a scheme."""
+        if self.keep == (self.scheme is not None):
+            raise ValueError("a rule says either keep: true or scheme: NAME")
+        return self
+
+    def matches(self, linear: str) -> bool:
+        """Whether this rule is about `linear`: a glob over its full name, or its bare last part."""
+        return fnmatchcase(linear, self.match) or linear.rsplit(".", 1)[-1] == self.match
+
+
+class Select(Section):
+    """Room for the search of a scheme per layer: a budget and what may be chosen."""
+
+    bits_per_weight: float = Field(gt=0)
+    candidates: tuple[str, ...] = Field(min_length=1)
+
+
+class Recipe(Section):
+    """A whole recipe, resolved: defaults are filled in and every value is checked."""
+
+    name: str
+    description: str = ""
+    calibration: Calibration = Calibration()
+    weights: Weights = Weights()
+    activations: Activations = Activations()
+    outliers: Outliers = Outliers()
+    transform: Literal["none", "hadamard"] = "none"
+    kv_cache: KVCache = KVCache()
+    rules: tuple[Rule, ...] = (Rule(match="lm_head", keep=True),)
+    select: Select | None = None
+
+    @model_validator(mode="after")
+    def sections_agree(self) -> Recipe:
+        """Weights and activations share channels, so their groups are equal; `formats` checks the combinations."""
+        groups = {numbers.group for numbers in (self.weights, self.activations) if numbers.group is not None}
+        if len(groups) > 1:
+            raise ValueError(
+                f"weights.group is {self.weights.group} and activations.group is {self.activations.group}: "
+                "they are multiplied group by group and must be equal"
+            )
+        self.scheme()
+        self.kv_cache.to_format()
+        return self
+
+    def scheme(self) -> Scheme:
+        """The scheme of every linear that no rule excepts."""
+        activations = ActivationFormat(
+            element=self.activations.element,
+            group=self.activations.group,
+            scale=self.activations.scale_type,
+            symmetric=self.activations.symmetric,
+            clip=self.activations.clip,
+        )
+        weights = WeightFormat(self.weights.element, self.weights.group, self.weights.scale_type)
+        return Scheme(weights, activations, self.outliers.channels, self.transform)
+
+    def rule_for(self, linear: str) -> Rule | None:
+        """The first rule that matches a linear's full name."""
+        return next((rule for rule in self.rules if rule.matches(linear)), None)
+
+    def scheme_for(self, linear: str, in_features: int) -> Scheme | None:
+        """The scheme of one linear, or None when a rule keeps it in 16 bits.
+
+        Raises UsageError when the scheme does not fit the linear's input channels.
+        """
+        rule = self.rule_for(linear)
+        if rule is not None and rule.keep:
+            return None
+        scheme = SCHEMES[rule.scheme] if rule is not None and rule.scheme is not None else self.scheme()
+        if scheme.outliers >= in_features:
+            raise UsageError(
+                f"outliers.channels is {scheme.outliers}, but {linear} has only {in_features} input channels",
+                f"use at most {in_features - 1} outliers (--outliers), or a rule that keeps this linear",
+            )
+        return scheme
+
+    def resolved(self) -> dict[str, Any]:
+        """Every key with its value, as plain JSON: what is saved with a result and compared when a run resumes."""
+        return self.model_dump(mode="json")
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that ship, name -> file."""
+    return {path.stem: path for path in sorted(resource_directory("recipes").glob("*.yaml"))}
+
+
+def load_recipe(name_or_path: str | Path) -> Recipe:
+    """A recipe by the name of one that ships, or from a YAML file; UsageError says what is wrong with it."""
+    text = str(name_or_path)
+    shipped = shipped_recipes()
+    path = shipped.get(text, Path(text))
+    if not path.is_file():
+        raise UsageError(
+            f"no recipe {text!r}: it is neither a file nor one of {', '.join(shipped)}{_did_you_mean(text, shipped)}",
+            "see `atom recipes list`",
+        )
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"the recipe {path} can't be read: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise UsageError(f"the recipe {path} is no mapping of keys to values", "see `atom recipes show atom-w4a4`")
+    return parse_recipe({"name": path.stem, **data}, str(path))
+
+
+def parse_recipe(data: Mapping[str, Any], where: str = "the recipe") -> Recipe:
+    """A Recipe from plain data; UsageError names the first wrong key and the nearest valid one."""
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise UsageError(f"{where}: {_explain(error)}", "check it with `atom recipes validate`") from error
+
+
+def override(
+    recipe: Recipe,
+    *,
+    bits: int | None = None,
+    group: int | None = None,
+    outliers: int | None = None,
+    kv_cache: str | None = None,
+    rounding: str | None = None,
+    clip: float | str | None = None,
+    transform: str | None = None,
+    dataset: str | None = None,
+    samples: int | None = None,
+    sequence_length: int | None = None,
+    seed: int | None = None,
+) -> Recipe:
+    """The recipe with the given command-line values in place of its own; None leaves a key alone.
+
+    `bits` sets the formats of weights and activations to int4 or int8, except where a format is `none` or already
+    has that many bits. Raises UsageError as `load_recipe` does.
+    """
+    data = recipe.model_dump(mode="json")
+    if bits is not None:
+        if bits not in (4, 8):
+            raise UsageError(f"--bits is {bits}; allowed are 4 and 8", "see `atom recipes list` for other formats")
+        for section in ("weights", "activations"):
+            current = data[section]["format"]
+            if current != "none" and (8 if current == "int8" else 4) != bits:
+                data[section] |= {"format": f"int{bits}", "scale": "absmax"}
+                data[section]["group"] = data[section]["group"] or 128
+                if section == "activations" and bits == 8:
+                    data[section]["symmetric"] = True
+    if group is not None:
+        if group not in GROUPS:
+            raise UsageError(f"--group is {group}; allowed are {', '.join(map(str, GROUPS))}")
+        for section in ("weights", "activations"):
+            if data[section]["group"] is not None:
+                data[section]["group"] = group
+    changes = {
+        "outliers": {"channels": outliers},
+        "kv_cache": {"format": kv_cache},
+        "weights": {"rounding": rounding, "clip": clip},
+        "calibration": {"dataset": dataset, "samples": samples, "sequence_length": sequence_length, "seed": seed},
+    }
+    for section, values in changes.items():
+        data[section] |= {key: value for key, value in values.items() if value is not None}
+    if transform is not None:
+        data["transform"] = transform
+    return parse_recipe(data, "the recipe with the command-line options")
+
+
+def _did_you_mean(word: str, valid: Any) -> str:
+    nearest = difflib.get_close_matches(str(word), [str(each) for each in valid], n=1, cutoff=0.5)
+    return f"; did you mean {nearest[0]}?" if nearest else ""
+
+
+def _keys_at(location: tuple[int | str, ...]) -> list[str]:
+    """The valid keys of the section that a pydantic location points into."""
+    model: Any = Recipe
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None
+        model = _section_in(annotation) or model
+    return list(model.model_fields)
+
+
+def _section_in(annotation: Any) -> type[Section] | None:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next((found for each in get_args(annotation) if (found := _section_in(each))), None)
+
+
+def _explain(error: ValidationError) -> str:
+    """One sentence about the first of pydantic's findings."""
+    finding = error.errors()[0]
+    location = tuple(part for part in finding["loc"] if part not in ("float", "literal['search']", "int"))
+    key = ".".join(str(part) for part in location)
+    if finding["type"] == "extra_forbidden":
+        valid = _keys_at(location[:-1])
+        return f"unknown key {key}; allowed are {', '.join(valid)}{_did_you_mean(str(location[-1]), valid)}"
+    if finding["type"] == "missing":
+        return f"the key {key} is missing"
+    message = finding["msg"].removeprefix("Value error, ")
+    if finding["type"] == "literal_error":
+        valid = [part.strip(" '") for part in finding["ctx"]["expected"].replace(" or ", ", ").split(",")]
+        message = f"allowed are {', '.join(valid)}{_did_you_mean(str(finding['input']), valid)}"
+    if not key or isinstance(finding["input"], dict):
+        return f"{key}: {message}" if key else message
+    return f"{key} is {finding['input']!r}: {message[0].lower()}{message[1:]}"

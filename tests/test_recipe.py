@@ -1,0 +1,120 @@
+"""Recipes: the ones that ship, what they resolve to, and what a wrong one is told."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from atomcli.errors import UsageError
+from atomcli.formats.scheme import ActivationFormat, KVFormat, Scheme, WeightFormat
+from atomcli.recipe import load_recipe, override, parse_recipe, shipped_recipes
+
+SHIPPED = {
+    "atom-paper", "atom-w4a4", "rtn-w4a4", "atom-best", "atom-w4a8", "w8a8", "w4a16", "fp4", "mxfp4", "nvfp4",
+}  # fmt: skip
+
+
+def test_every_shipped_recipe_loads_under_its_own_name():
+    assert set(shipped_recipes()) == SHIPPED
+    for name in SHIPPED:
+        recipe = load_recipe(name)
+        assert recipe.name == name
+        assert recipe.description
+        assert parse_recipe(recipe.resolved()) == recipe
+
+
+def test_the_paper_recipe_is_the_papers():
+    recipe = load_recipe("atom-paper")
+    assert recipe.scheme() == Scheme(
+        WeightFormat("int4", 128, "fp16"), ActivationFormat("int4", 128, "fp16", True, 0.9), 128, "none"
+    )
+    assert (recipe.weights.clip, recipe.weights.rounding) == (0.85, "gptq")
+    kv = recipe.kv_cache.to_format()
+    assert (kv.element, kv.position, kv.hadamard) == ("int4", "before_rope", False)
+    default = load_recipe("atom-w4a4")
+    assert default.scheme() == recipe.scheme()
+    assert default.kv_cache.to_format() == KVFormat("int4", "after_rope", True, True)
+
+
+def test_rules_first_match_wins():
+    recipe = parse_recipe(
+        {
+            "name": "mine",
+            "rules": [
+                {"match": "model.layers.0.*", "keep": True},
+                {"match": "down_proj", "scheme": "w8a8"},
+                {"match": "*.mlp.*", "keep": True},
+            ],
+        }
+    )
+    assert recipe.scheme_for("model.layers.0.mlp.down_proj", 512) is None
+    assert recipe.scheme_for("model.layers.1.mlp.down_proj", 512).name == "w8a8"
+    assert recipe.scheme_for("model.layers.1.mlp.up_proj", 512) is None
+    assert recipe.scheme_for("model.layers.1.self_attn.q_proj", 512) == recipe.scheme()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"wieghts": {}}, "unknown key wieghts; .*did you mean weights"),
+        ({"weights": {"grp": 128}}, "unknown key weights.grp; .*did you mean group"),
+        ({"rules": [{"match": "x", "keeep": True}]}, "unknown key rules.0.keeep; .*did you mean keep"),
+        ({"weights": {"format": "int5"}}, "weights.format is 'int5': allowed are .*did you mean int[48]"),
+        ({"weights": {"group": 100}}, "weights.group is 100: must be one of 16, 32, 64, 128, 256"),
+        ({"weights": {"clip": 1.5}}, "weights.clip is 1.5: must lie between"),
+        ({"weights": {"clip": "serach"}}, "weights.clip is 'serach'"),
+        ({"weights": {"rounding": "gtpq"}}, "did you mean gptq"),
+        ({"weights": {"format": "nvfp4", "group": 128}}, "nvfp4 has groups of 16, not 128"),
+        ({"weights": {"group": 64}}, "weights.group is 64 and activations.group is 128"),
+        ({"calibration": {"samples": 0}}, "calibration.samples is 0"),
+        ({"rules": [{"match": "x", "scheme": "w4a5"}]}, "did you mean w4a[48]"),
+        ({"rules": [{"match": "x"}]}, "a rule says either keep: true or scheme"),
+        ({"kv_cache": {"format": "int4", "hadamard": True, "position": "before_rope"}}, "after_rope"),
+        ({"activations": {"symmetric": False}}, "two_level"),
+    ],
+)
+def test_a_wrong_recipe_is_one_sentence(data, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        parse_recipe({"name": "wrong", **data})
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_recipe_names_the_nearest(tmp_path: Path):
+    with pytest.raises(UsageError, match="did you mean atom-paper"):
+        load_recipe("atom-papr")
+    (tmp_path / "bad.yaml").write_text("weights: [")
+    with pytest.raises(UsageError, match="can't be read"):
+        load_recipe(tmp_path / "bad.yaml")
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(UsageError, match="no mapping"):
+        load_recipe(tmp_path / "list.yaml")
+
+
+def test_a_recipe_file_of_ones_own(tmp_path: Path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({"weights": {"format": "int8", "group": None}, "activations": {"format": "none"}}))
+    recipe = load_recipe(path)
+    assert recipe.name == "mine"
+    assert recipe.scheme().name == "w8a16"
+
+
+def test_overrides():
+    recipe = override(load_recipe("atom-w4a4"), group=64, samples=8, outliers=32, kv_cache="none", rounding="rtn")
+    assert recipe.scheme().name == "w4a4-g64-o32"
+    assert recipe.calibration.samples == 8
+    assert recipe.calibration.sequence_length == 2048
+    assert recipe.kv_cache.to_format().element == "float"
+    assert recipe.weights.rounding == "rtn"
+    assert override(load_recipe("atom-best"), bits=8).scheme().weights == WeightFormat("int8", 128, "fp16")
+    assert override(load_recipe("atom-w4a4"), bits=4) == load_recipe("atom-w4a4")
+    for wrong, message in (({"bits": 5}, "--bits is 5"), ({"group": 100}, "--group is 100")):
+        with pytest.raises(UsageError, match=message):
+            override(recipe, **wrong)
+    with pytest.raises(UsageError, match="did you mean gptq"):
+        override(recipe, rounding="gptqq")
+
+
+def test_more_outliers_than_channels_is_refused():
+    recipe = override(load_recipe("atom-w4a4"), outliers=600)
+    with pytest.raises(UsageError, match=r"600, but model\.layers\.0\.self_attn\.q_proj has only 576"):
+        recipe.scheme_for("model.layers.0.self_attn.q_proj", 576)

@@ -91,7 +91,9 @@ def tokenize(text: Text, tokenizer: Any) -> "torch.Tensor":
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def cut_windows(tokens: "torch.Tensor", length: int, limit: int | None = None, name: str = "the text") -> "torch.Tensor":
+def cut_windows(
+    tokens: "torch.Tensor", length: int, limit: int | None = None, name: str = "the text"
+) -> "torch.Tensor":
     """tokens (n,) cut from the front into (windows, length) that do not overlap; the tail is dropped."""
     if length < 2:
         raise InputError(f"a window of {length} tokens predicts nothing; it needs at least 2")
@@ -118,9 +120,7 @@ def evaluation_windows(data: str, tokenizer: Any, window: int = 2048, limit: int
     return cut_windows(tokenize(text, tokenizer), window, limit, text.name)
 
 
-def calibration_windows(
-    data: str, tokenizer: Any, samples: int, sequence_length: int, seed: int
-) -> "torch.Tensor":
+def calibration_windows(data: str, tokenizer: Any, samples: int, sequence_length: int, seed: int) -> "torch.Tensor":
     """The windows to calibrate on, int64 (samples, sequence_length), spread evenly over the text, in seeded order.
 
     A text that holds fewer windows lets neighbours overlap, by half at most; a shorter one is refused.
@@ -159,7 +159,9 @@ def _read_file(path: Path) -> str:
     try:
         content = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text: byte {error.start} is 0x{error.object[error.start]:02x}") from error
+        raise InputError(
+            f"{path} is not UTF-8 text: byte {error.start} is 0x{error.object[error.start]:02x}"
+        ) from error
     except OSError as error:
         raise InputError(f"{path} can't be read: {error.strerror}") from error
     if not content.strip():
@@ -172,9 +174,7 @@ def _read_hub(source: HubText, max_characters: int | None) -> str:
     from datasets import load_dataset
 
     try:
-        rows = load_dataset(
-            source.dataset, source.config, split=source.split, data_files=source.files, streaming=True
-        )
+        rows = load_dataset(source.dataset, source.config, split=source.split, data_files=source.files, streaming=True)
         return _join_rows(rows, source, max_characters)
     except InputError:
         raise

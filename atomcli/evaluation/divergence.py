@@ -116,7 +116,9 @@ def divergence(
     scores = []
     for index, window in enumerate(windows):
         parent_hidden = parent.hidden[index] if isinstance(parent, Recording) else final_hidden(parent, window)
-        scores.append(_compare(parent_head, parent_hidden[:-1], head, final_hidden(checkpoint, window)[:-1], window[1:]))
+        scores.append(
+            _compare(parent_head, parent_hidden[:-1], head, final_hidden(checkpoint, window)[:-1], window[1:])
+        )
         if progress is not None:
             progress(index + 1, len(windows))
     kld, agree, parent_nll, nll = (torch.stack(column) for column in zip(*scores, strict=True))  # each (n, length − 1)
@@ -124,7 +126,7 @@ def divergence(
 
 
 def kl_divergence(parent_log_p: Tensor, log_p: Tensor) -> Tensor:
-    """KL(parent ‖ other) in nats of log-probabilities (..., vocabulary) → (...); a token the parent excludes adds 0."""
+    """KL(parent ‖ other) in nats of log-probabilities (..., vocabulary) → (...)."""
     return nn.functional.kl_div(log_p, parent_log_p, reduction="none", log_target=True).sum(-1)
 
 
@@ -159,9 +161,7 @@ def _compare(
 def _paired(
     parent_head: nn.Module, parent_hidden: Tensor, head: nn.Module, hidden: Tensor, rows: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    yield from zip(
-        logit_chunks(parent_head, parent_hidden, rows), logit_chunks(head, hidden, rows), strict=True
-    )
+    yield from zip(logit_chunks(parent_head, parent_hidden, rows), logit_chunks(head, hidden, rows), strict=True)
 
 
 def _summarise(

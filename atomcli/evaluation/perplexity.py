@@ -1,10 +1,11 @@
 """Perplexity in two conventions that must never be mixed up, each with its name in the result.
 
-*Token perplexity* (GPTQ, QuaRot, Atom and their tables): the text is joined and tokenised once, cut into windows of
-2048 that do not overlap, the tail is dropped; each window scores its last 2047 tokens. Llama-2-7B: 5.47 on WikiText-2.
+*Token perplexity* (GPTQ, QuaRot, Atom and their tables): the text is joined and tokenised once, cut into windows
+of 2048 that do not overlap, the tail is dropped; each window scores its last 2047 tokens. Llama-2-7B has 5.47 on
+WikiText-2.
 
-*Word perplexity* (lm-evaluation-harness): every token is scored, the first of a window from the last token of the window
-before, and the sum is divided by the number of words, not of tokens. Llama-2-7B: 8.79 on WikiText-2.
+*Word perplexity* (lm-evaluation-harness): every token is scored, the first of a window from the last token of the
+window before, and the sum is divided by the number of words, not of tokens. Llama-2-7B has 8.79 on WikiText-2.
 """
 
 import math
@@ -136,9 +137,7 @@ def rolling_windows(tokens: Tensor, first: int, length: int) -> list[tuple[Tenso
     padded = torch.cat([torch.tensor([first], dtype=tokens.dtype), tokens])  # padded[i] predicts tokens[i]
     ends = [min(start + length, len(tokens)) for start in range(0, len(tokens), length)]
     starts = range(0, len(tokens), length)
-    return [
-        (padded[max(0, end - length) : end], tokens[start:end]) for start, end in zip(starts, ends, strict=True)
-    ]
+    return [(padded[max(0, end - length) : end], tokens[start:end]) for start, end in zip(starts, ends, strict=True)]
 
 
 def _tokens_and_words(text: Text, tokenizer: Any, limit: int | None) -> tuple[Tensor, int]:

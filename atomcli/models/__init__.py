@@ -1,0 +1,1 @@
+"""What atom knows about model families: which linears read which input, and where every tensor lies on disk."""

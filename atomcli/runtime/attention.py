@@ -1,0 +1,152 @@
+"""Attention with a quantized KV cache: one module in place of every family's own.
+
+What is cached, per token and head: the key before or after RoPE (after: in the Hadamard basis, if asked for) and the
+value, both without their projections' biases. What is attended to is computed from what is cached, with or without
+a cache, so that the two give the same numbers.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from atomcli.errors import UnsupportedError
+from atomcli.formats.groups import apply_hadamard, hadamard_sizes
+from atomcli.formats.kv import dequantize_kv, quantize_kv
+from atomcli.formats.scheme import KVFormat
+from atomcli.runtime.cache import quantized_layer
+from atomcli.runtime.linear import QuantLinear
+
+
+class Attention(nn.Module):
+    """Self-attention over projections, head norms and scaling taken from transformers' own module.
+
+    Raises UnsupportedError for a format that would multiply a key bias by a Hadamard: the bias towers over what the
+    keys say, and 4 bits then hold little but the bias.
+    """
+
+    is_causal = True
+
+    def __init__(self, original: nn.Module, kv: KVFormat) -> None:
+        super().__init__()
+        self.config, self.layer_idx = original.config, original.layer_idx
+        self.head_dim, self.scaling = int(original.head_dim), float(original.scaling)
+        self.num_key_value_groups = int(original.num_key_value_groups)
+        self.attention_dropout = float(original.attention_dropout)
+        self.q_proj, self.k_proj = original.q_proj, original.k_proj
+        self.v_proj, self.o_proj = original.v_proj, original.o_proj
+        self.q_norm, self.k_norm = getattr(original, "q_norm", None), getattr(original, "k_norm", None)
+        self.kv = kv
+        self._check(kv)
+
+    def _check(self, kv: KVFormat) -> None:
+        if kv.element == "float" or self.k_proj.bias is None:
+            return
+        if kv.hadamard and not kv.bias_free:
+            raise UnsupportedError(
+                "kv_cache.hadamard would rotate keys that still contain their projection bias",
+                "Set kv_cache.bias_free: true, or kv_cache.hadamard: false.",
+            )
+        if self.k_norm is not None and (kv.hadamard or kv.bias_free):
+            raise UnsupportedError(
+                "Keys that are normalized after their bias was added can't be cached without it",
+                "Set kv_cache.bias_free: false and kv_cache.hadamard: false.",
+            )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states (batch, tokens, hidden) -> (batch, tokens, hidden), as transformers' attention modules."""
+        cos, sin = position_embeddings
+        quantized = self.kv.element != "float"
+        keep_bias = not (quantized and self.kv.bias_free)
+        query = rotate(self._heads(self.q_proj(hidden_states), self.q_norm), cos, sin)
+        key = self._heads(_project(self.k_proj, hidden_states, keep_bias), self.k_norm)
+        value = self._heads(_project(self.v_proj, hidden_states, keep_bias))
+        if quantized:
+            if self.kv.position == "after_rope":
+                key = rotate(key, cos, sin)
+            if self.kv.hadamard:
+                query, key = self._hadamard(query).to(query.dtype), self._hadamard(key)
+            key, value = self._stored(key, value, cos, sin, past_key_values, hidden_states.dtype)
+        else:
+            key = rotate(key, cos, sin)
+            if past_key_values is not None:
+                key, value = past_key_values.update(key, value, self.layer_idx)
+        attended, weights = ALL_ATTENTION_FUNCTIONS["sdpa"](
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+        )
+        if not keep_bias and self.v_proj.bias is not None:
+            # The weights of a query sum to one, so a bias of the values is a bias of what is attended.
+            bias = self.v_proj.bias.view(-1, self.head_dim).repeat_interleave(self.num_key_value_groups, dim=0)
+            attended = attended + bias.to(attended.dtype)
+        return self.o_proj(attended.reshape(*hidden_states.shape[:-1], -1)), weights
+
+    def _heads(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+        """(batch, tokens, heads * head_dim) -> (batch, heads, tokens, head_dim)."""
+        x = x.view(*x.shape[:-1], -1, self.head_dim)
+        return (x if norm is None else norm(x)).transpose(1, 2)
+
+    def _hadamard(self, x: Tensor) -> Tensor:
+        return apply_hadamard(x, hadamard_sizes(self.head_dim, 1 << (self.head_dim.bit_length() - 1)))
+
+    def _stored(
+        self, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values as they come back from 4 or 8 bits, past ones included, ready to be attended to."""
+        layer = None if cache is None else quantized_layer(cache, self.layer_idx, self.kv)
+        if cache is None or layer is None:
+            key = dequantize_kv(*quantize_kv(key, self.kv.element), self.kv.element)
+            value = dequantize_kv(*quantize_kv(value, self.kv.element), self.kv.element)
+        else:
+            rotation = (cos, sin) if self._rotates_on_read else None
+            key, value = cache.update(key, value, self.layer_idx, rotation=rotation)
+            if self._rotates_on_read:
+                cos, sin = layer.rotations.last(key.shape[2], key.device)
+        key, value = self._restored(key, cos, sin).to(dtype), value.to(dtype)
+        if cache is not None and layer is None:
+            return cache.update(key, value, self.layer_idx)
+        return key, value
+
+    @property
+    def _rotates_on_read(self) -> bool:
+        return self.kv.position == "before_rope" or (self.kv.bias_free and self.k_proj.bias is not None)
+
+    def _restored(self, key: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """The keys that queries meet, from the cached ones: the bias comes back, and the rotation where it is due."""
+        bias = self.k_proj.bias if self.kv.bias_free else None
+        if bias is not None:
+            bias = bias.float().view(1, -1, 1, self.head_dim)
+        if self.kv.position == "before_rope":
+            return rotate(key if bias is None else key + bias, cos.float(), sin.float())
+        if bias is None:
+            return key
+        bias = rotate(bias, cos.float(), sin.float())
+        return key + (self._hadamard(bias) if self.kv.hadamard else bias)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE on x (batch, heads, tokens, head_dim) by cos, sin (batch, tokens, head_dim), as transformers applies it."""
+    low, high = x.chunk(2, dim=-1)
+    return x * cos.unsqueeze(1) + torch.cat([-high, low], dim=-1) * sin.unsqueeze(1)
+
+
+def _project(linear: nn.Module, x: Tensor, add_bias: bool) -> Tensor:
+    if add_bias or linear.bias is None:
+        return linear(x)
+    if isinstance(linear, QuantLinear):
+        return linear(x, add_bias=False)
+    return nn.functional.linear(x, linear.weight)

@@ -1,5 +1,6 @@
 """A tiny random Llama and a tokenizer whose words are w0 … w95."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,6 +22,11 @@ def make_model(seed: int = 0, vocabulary: int = 97) -> Any:
         initializer_range=0.3,
     )
     return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="session")
+def model_maker() -> Callable[..., Any]:
+    return make_model
 
 
 @pytest.fixture(scope="session")

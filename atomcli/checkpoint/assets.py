@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from atomcli.checkpoint.digests import cache_directory, file_digests, sha256_file
+from atomcli.checkpoint.digests import file_digests, sha256_file
 from atomcli.errors import RunError
+from atomcli.resources import cache_directory
 
 log = logging.getLogger("atomcli")
 

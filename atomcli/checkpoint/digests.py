@@ -11,17 +11,10 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from atomcli.checkpoint.tensorfile import unreadable
+from atomcli.checkpoint.files import unreadable
+from atomcli.resources import cache_directory
 
 _CHUNK = 1 << 22
-
-
-def cache_directory() -> Path:
-    """Where atom keeps what it downloads or derives: $ATOM_CACHE, else $XDG_CACHE_HOME/atom, else ~/.cache/atom."""
-    if chosen := os.environ.get("ATOM_CACHE"):
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base).expanduser() if base else Path.home() / ".cache") / "atom"
 
 
 def sha256_file(path: Path) -> str:

@@ -1,7 +1,5 @@
 """A Hugging Face model directory as a source: config.json and one or more safetensors files."""
 
-import json
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +7,9 @@ import torch
 from torch import Tensor
 
 from atomcli.checkpoint.digests import combined_digest
+from atomcli.checkpoint.files import copy_file, first_line, read_json, unreadable, write_json
 from atomcli.checkpoint.source import Source
-from atomcli.checkpoint.tensorfile import TensorFile, unreadable
+from atomcli.checkpoint.tensorfile import TensorFile
 from atomcli.errors import InputError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -97,7 +96,7 @@ class DirectorySource(Source):
         write_json(directory / CONFIG, config)
         for file in COMPANIONS:
             if (self.path / file).is_file():
-                shutil.copyfile(self.path / file, directory / file)
+                copy_file(self.path / file, directory / file)
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         return load_tokenizer(self.path)
@@ -113,14 +112,14 @@ def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
         )
     if "auto_map" in read_json(path / "tokenizer_config.json", missing_ok=True):
         raise InputError(
-            f"{path / 'tokenizer_config.json'} asks for code from the model's repository (auto_map); atom never runs it",
+            f"{path / 'tokenizer_config.json'} asks for code from its repository (auto_map), which atom never runs",
             "Use a tokenizer that transformers supports natively.",
         )
     try:
         return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
         raise InputError(
-            f"The tokenizer in {path} can't be loaded: {_first_line(error)}", "Copy the tokenizer files again."
+            f"The tokenizer in {path} can't be loaded: {first_line(error)}", "Copy the tokenizer files again."
         ) from error
 
 
@@ -173,7 +172,7 @@ def parse_config(path: Path, raw: dict[str, Any]) -> "PreTrainedConfig":
         config = CONFIG_MAPPING[model_type].from_dict(raw)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise InputError(
-            f"{path / CONFIG} is not a valid {model_type} config: {_first_line(error)}", "Copy config.json again."
+            f"{path / CONFIG} is not a valid {model_type} config: {first_line(error)}", "Copy config.json again."
         ) from error
     config._name_or_path = str(path)
     return config
@@ -235,29 +234,3 @@ def refuse_pickled(path: Path) -> InputError:
         f"{path} is pickled, and reading a pickle runs whatever code is in it; atom reads safetensors and GGUF only",
         "Convert it where you trust it: `AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)`.",
     )
-
-
-def read_json(path: Path, missing_ok: bool = False) -> dict[str, Any]:
-    """A JSON object from a file; InputError naming the file otherwise."""
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        if missing_ok:
-            return {}
-        raise unreadable(path, error) from error
-    except OSError as error:
-        raise unreadable(path, error) from error
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON: {_first_line(error)}", "Copy the file again.") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path} holds {type(value).__name__}, not a JSON object", "Copy the file again.")
-    return value
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """JSON with sorted keys, so that equal content is equal bytes."""
-    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

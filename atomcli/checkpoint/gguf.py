@@ -9,7 +9,6 @@ import json
 import logging
 import math
 import re
-import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from atomcli.checkpoint.digests import cache_directory, combined_digest
-from atomcli.checkpoint.directory import COMPANIONS, CONFIG, load_tokenizer, write_json
+from atomcli.checkpoint.digests import combined_digest
+from atomcli.checkpoint.directory import COMPANIONS, CONFIG, load_tokenizer
+from atomcli.checkpoint.files import copy_file, first_line, unreadable, write_json
 from atomcli.checkpoint.gguf_config import build_config
 from atomcli.checkpoint.gguf_names import ROPE_FACTORS, Placed, place_tensors
 from atomcli.checkpoint.source import Source
-from atomcli.checkpoint.tensorfile import read_range, unreadable
+from atomcli.checkpoint.tensorfile import read_range
 from atomcli.errors import InputError, UnsupportedError
+from atomcli.resources import cache_directory
 
 if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor
@@ -60,7 +61,7 @@ class GGUFSource(Source):
         self._metadata = metadata
         self.config = build_config(metadata, self._tensors, self._rotary_factors, str(path))
         config = self.config
-        experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", 0)
+        experts = int(getattr(config, "num_local_experts", 0) or getattr(config, "num_experts", 0) or 0)
         self._placed = place_tensors(
             self._tensors, config.model_type, config.num_attention_heads, config.num_key_value_heads, experts
         )
@@ -110,14 +111,14 @@ class GGUFSource(Source):
         converted = self._converted_tokenizer()
         for file in COMPANIONS:
             if (converted / file).is_file():
-                shutil.copyfile(converted / file, directory / file)
+                copy_file(converted / file, directory / file)
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         return load_tokenizer(self._converted_tokenizer())
 
     def _converted_tokenizer(self) -> Path:
         """The tokenizer as Hugging Face files, converted once per file content and kept in the user's cache."""
-        directory = cache_directory() / "tokenizers" / f"{self.fingerprint()[:16]}-v1"
+        directory = cache_directory() / "tokenizers" / f"{self.fingerprint()[:16]}-v2"
         if not (directory / "tokenizer.json").is_file():
             directory.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".convert-") as scratch:
@@ -161,7 +162,7 @@ def _open(path: Path) -> "GGUFReader":
     # The parser trusts the file; what damage makes it stumble over depends on where the damage is.
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
         raise InputError(
-            f"{path} is not a GGUF file, or it is truncated or damaged ({type(error).__name__}: {error})".rstrip("."),
+            f"{path} is not a GGUF file, or it is truncated or damaged ({type(error).__name__}: {first_line(error)})",
             "Download the file again.",
         ) from error
     if reader.byte_order != "I":
@@ -213,11 +214,13 @@ def _convert_tokenizer(file: Path, metadata: dict[str, Any], config: "PreTrained
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
     except (ValueError, KeyError, OSError, NotImplementedError, TypeError) as error:
         raise InputError(
-            f"The tokenizer in {file} can't be converted: {error}".rstrip("."), "Use the model's safetensors."
+            f"The tokenizer in {file} can't be converted: {first_line(error)}", "Use the model's safetensors."
         ) from error
     for role, key in (("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown"), ("pad_token", "padding")):
         token = metadata.get(f"tokenizer.ggml.{key}_token_id")
         if token is not None:
             setattr(tokenizer, role, tokenizer.convert_ids_to_tokens(int(token)))
+    # llama.cpp writes every space that was decoded; transformers' conversion would drop some before punctuation.
+    tokenizer.clean_up_tokenization_spaces = False
     tokenizer.model_max_length = config.max_position_embeddings
     return tokenizer

@@ -3,7 +3,8 @@
 import logging
 from pathlib import Path
 
-from atomcli.checkpoint.directory import COMPANIONS, CONFIG, INDEX, PICKLED, SINGLE, read_json
+from atomcli.checkpoint.directory import COMPANIONS, CONFIG, INDEX, PICKLED, SINGLE
+from atomcli.checkpoint.files import read_json
 from atomcli.errors import InputError
 
 log = logging.getLogger("atomcli")

@@ -6,6 +6,7 @@ one counts in full against a memory limit. Reading the header ourselves also let
 Specification: https://github.com/huggingface/safetensors#format
 """
 
+import hashlib
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from atomcli.checkpoint.files import unreadable
 from atomcli.errors import InputError
 
 # The format's own limit; it keeps a corrupt length from being taken for an allocation request.
@@ -83,6 +85,10 @@ class TensorFile:
         entry = self.entries[name]
         return read_range(self.path, entry.start, entry.end - entry.start, f"tensor {name}")
 
+    def digest(self, name: str) -> str:
+        """SHA-256 (hex) of one tensor's bytes."""
+        return hashlib.sha256(self.read_bytes(name)).hexdigest()
+
     def read(self, name: str) -> Tensor:
         """One tensor in its stored dtype and shape; the tensor owns its memory."""
         entry = self.entries[name]
@@ -111,13 +117,6 @@ def read_range(path: Path, start: int, length: int, what: str) -> bytearray:
     except OSError as error:
         raise unreadable(path, error) from error
     return buffer
-
-
-def unreadable(path: Path, error: OSError) -> InputError:
-    """The InputError for a file or directory that the operating system won't let us read."""
-    return InputError(
-        f"{path} can't be read: {error.strerror or error}", "Check that the path exists and that you may read it."
-    )
 
 
 def _corrupt(path: Path, detail: str) -> InputError:

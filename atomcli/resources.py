@@ -1,5 +1,6 @@
-"""Where the files are that travel with the code: the CUDA sources and the recipes that ship."""
+"""Where files are: what travels with the code (CUDA sources, recipes), and the cache of what atom fetched or made."""
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -12,3 +13,11 @@ def resource_directory(name: Literal["cuda", "recipes"]) -> Path:
     if (checkout / "pyproject.toml").is_file() and (checkout / name).is_dir():
         return checkout / name
     return _PACKAGE / "_data" / name
+
+
+def cache_directory() -> Path:
+    """The user's cache: $ATOM_CACHE, else $XDG_CACHE_HOME/atom, else ~/.cache/atom. Nobody needs to keep it."""
+    if chosen := os.environ.get("ATOM_CACHE"):
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base).expanduser() if base else Path.home() / ".cache") / "atom"

@@ -1,0 +1,42 @@
+"""`atom calibrate`: what a model's inputs look like, once, for many recipes."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from atomcli.cli import log, options
+from atomcli.cli.command import command
+from atomcli.cli.console import console
+
+
+@command
+def calibrate(
+    model: options.Model,
+    recipe: options.RecipeOption = "atom-w4a4",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Where to write (default: MODEL-calibration).")
+    ] = None,
+    dataset: options.Dataset = None,
+    samples: options.Samples = None,
+    sequence_length: options.SequenceLength = None,
+    seed: options.Seed = None,
+    device: options.Device = None,
+) -> None:
+    """Save a model's statistics for later runs.
+
+    Text is streamed through MODEL once; `atom quantize --calibration DIR` then starts from the result.
+    """
+    resolved = options.resolve(recipe, dataset=dataset, samples=samples, sequence_length=sequence_length, seed=seed)
+    out = output or options.default_output(model, "calibration")
+    log.to_file("calibrate")
+    from atomcli.checkpoint.source import open_source
+    from atomcli.cli.progress import Progress
+    from atomcli.pipeline.calibrate import calibrate as run
+
+    source = open_source(model)
+    console.after_interruption = "the same command resumes"
+    with Progress() as progress:
+        run(source, resolved, out, device=device, progress=progress)
+    console.result({"model": model, "calibration": out}, f"calibration of {model} in {out}")
+    console.note(f"next: atom quantize {model} --recipe {recipe} --calibration {out}")

@@ -1,0 +1,131 @@
+"""The one sink: results go to stdout, everything else to stderr, and nothing else in atom prints."""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+_STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
+
+
+@dataclass
+class Table:
+    """Rows under a header; a column is right-aligned where its header starts with `>`."""
+
+    header: Sequence[str]
+    rows: list[Sequence[str]] = field(default_factory=list)
+
+    def add(self, *cells: object) -> None:
+        self.rows.append([str(cell) for cell in cells])
+
+    def lines(self, style: "Console | None" = None) -> list[str]:
+        """The table as text, each column as wide as its widest cell; a table is never cut to the terminal's width."""
+        right = [title.startswith(">") for title in self.header]
+        titles = [title.removeprefix(">") for title in self.header]
+        widths = [max(len(row[column]) for row in [titles, *self.rows]) for column in range(len(titles))]
+
+        def line(cells: Sequence[str]) -> str:
+            aligned = (
+                cell.rjust(width) if is_right else cell.ljust(width)
+                for cell, width, is_right in zip(cells, widths, right, strict=True)
+            )
+            return "  ".join(aligned).rstrip()
+
+        head = line(titles)
+        return [style.styled(head, "bold") if style else head, *(line(row) for row in self.rows)]
+
+
+@dataclass
+class Console:
+    """How this run speaks; the options that every command has set it."""
+
+    json: bool = False
+    quiet: bool = False
+    color: bool = True
+    debug: bool = False
+    after_interruption: str | None = None  # what to tell someone who presses Ctrl-C now
+
+    def result(self, document: Mapping[str, Any], *human: "str | Table") -> None:
+        """Prints the outcome of a command: the document under --json, else the lines and tables a person reads."""
+        if self.json:
+            self._write(sys.stdout, json.dumps(_plain(document), indent=2, ensure_ascii=False))
+            return
+        for part in human:
+            for line in part.lines(self) if isinstance(part, Table) else [part]:
+                self._write(sys.stdout, line)
+
+    def note(self, text: str) -> None:
+        """Says on stderr what is going on; --quiet silences it."""
+        if not self.quiet:
+            self._write(sys.stderr, text)
+
+    def warn(self, text: str) -> None:
+        """Says on stderr what a person ought to know even when they asked for quiet."""
+        self._write(sys.stderr, f"{self.styled('warning:', 'yellow', sys.stderr)} {text}")
+
+    def error(self, what: str, hint: str | None = None, kind: str = "Error") -> None:
+        """Says on stderr what is wrong and what to do next; under --json the same as a document on stdout."""
+        self._write(sys.stderr, f"{self.styled('error:', 'red', sys.stderr)} {what}")
+        if hint:
+            self._write(sys.stderr, f"{self.styled('hint:', 'cyan', sys.stderr)} {hint}")
+        if self.json:
+            self.result({"error": {"kind": kind, "what": what, "hint": hint}})
+
+    def styled(self, text: str, style: str, stream: TextIO | None = None) -> str:
+        if not self.color or not is_terminal(stream or sys.stdout):
+            return text
+        return f"\x1b[{_STYLES[style]}m{text}\x1b[0m"
+
+    @property
+    def live(self) -> bool:
+        """Whether a moving progress display can be shown on stderr."""
+        return not self.quiet and is_terminal(sys.stderr) and os.environ.get("TERM") != "dumb"
+
+    def _write(self, stream: TextIO, line: str) -> None:
+        stream.write(line + "\n")
+        stream.flush()
+
+
+def is_terminal(stream: TextIO) -> bool:
+    return hasattr(stream, "isatty") and stream.isatty()
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON knows it: a number that is not finite becomes null, a path its text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int | bool):
+        return value
+    if isinstance(value, Iterable) and not isinstance(value, bytes):
+        return [_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"a {type(value).__name__} has no place in a result: {value!r}")
+
+
+def byte_count(count: int | float) -> str:
+    """A number of bytes for people: `98.4 MB`; powers of 1000, as disks are sold."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def duration(seconds: float) -> str:
+    """A time for people: `7 s`, `3 min 20 s`, `2 h 05 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+console = Console()

@@ -1,0 +1,98 @@
+"""`atom doctor`: what this machine can run, and why not."""
+
+import os
+import platform
+import sys
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+import typer
+
+from atomcli.cli.command import command
+from atomcli.cli.console import Table, byte_count, console
+from atomcli.resources import cache_directory
+
+# What the package is developed and tested with; the same bounds as in pyproject.toml.
+_REQUIRED = {"torch": (2, 11), "transformers": (5, 17), "safetensors": (0, 6), "typer": (0, 27)}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at; `state` is ok, no (not here, and atom runs without it) or broken."""
+
+    what: str
+    state: str
+    found: str
+
+
+@command
+def doctor() -> None:
+    """Say what this machine can run."""
+    findings = [*_software(), *_machine(), *_accelerators(), *_kernels()]
+    table = Table(["", "what", "found"])
+    for finding in findings:
+        table.add(finding.state, finding.what, finding.found)
+    broken = [finding.what for finding in findings if finding.state == "broken"]
+    console.result({"findings": [asdict(finding) for finding in findings], "usable": not broken}, table)
+    if broken:
+        console.error(f"atom does not run here: {', '.join(broken)}")
+        raise typer.Exit(1)
+
+
+def _software() -> list[Finding]:
+    findings = [Finding("Python", "ok" if sys.version_info >= (3, 11) else "broken", platform.python_version())]
+    for package, least in _REQUIRED.items():
+        try:
+            found = version(package)
+        except PackageNotFoundError:
+            findings.append(Finding(package, "broken", "not installed"))
+            continue
+        numbers = tuple(int("".join(filter(str.isdigit, part)) or 0) for part in found.split("+")[0].split(".")[:2])
+        fits = numbers >= least
+        wanted = "" if fits else f", atom needs at least {'.'.join(map(str, least))}"
+        findings.append(Finding(package, "ok" if fits else "broken", found + wanted))
+    return findings
+
+
+def _machine() -> list[Finding]:
+    import shutil
+
+    import psutil
+
+    memory = psutil.virtual_memory()
+    cache = cache_directory()
+    place = next(path for path in (cache, *cache.parents) if path.exists())
+    disk = shutil.disk_usage(place)
+    writable = os.access(place, os.W_OK)
+    return [
+        Finding("processor", "ok", f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores"),
+        Finding("memory", "ok", f"{byte_count(memory.available)} free of {byte_count(memory.total)}"),
+        Finding("cache", "ok" if writable else "broken", f"{cache}, {byte_count(disk.free)} free"),
+    ]
+
+
+def _accelerators() -> list[Finding]:
+    import torch
+
+    if not torch.cuda.is_available():
+        reason = "torch is a build without CUDA" if torch.version.cuda is None else "torch finds no CUDA device"
+        return [Finding("GPU", "no", f"{reason}: everything runs, on the reference path")]
+    findings = []
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        major, minor = torch.cuda.get_device_capability(index)
+        name = torch.cuda.get_device_name(index)
+        findings.append(
+            Finding(f"GPU {index}", "ok", f"{name}, sm_{major}{minor}, {byte_count(free)} free of {byte_count(total)}")
+        )
+    return findings
+
+
+def _kernels() -> list[Finding]:
+    try:
+        found = version("cupy-cuda13x")
+    except PackageNotFoundError:
+        return [
+            Finding("kernel compiler", "no", 'cupy is not installed; on a GPU machine: pip install "atomcli[cuda]"')
+        ]
+    return [Finding("kernel compiler", "ok", f"cupy {found}")]

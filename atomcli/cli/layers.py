@@ -1,0 +1,92 @@
+"""What is inside a checkpoint, layer by layer, counted from its manifest."""
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from atomcli.errors import InputError
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A quantized linear: scheme, parameters, stored bytes (all its tensors), and the error the report gives."""
+
+    name: str
+    scheme: str
+    parameters: int
+    bytes: int
+    error: float | None
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.bytes / self.parameters
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A checkpoint: its quantized layers, the other tensors, the cache's format and the report of the run."""
+
+    layers: list[Layer]
+    kept: dict[str, int]  # tensor name -> bytes
+    kv_cache: dict[str, Any]
+    report: dict[str, Any]
+
+    @property
+    def quantized_bytes(self) -> int:
+        return sum(layer.bytes for layer in self.layers)
+
+    @property
+    def quantized_parameters(self) -> int:
+        return sum(layer.parameters for layer in self.layers)
+
+    @property
+    def bytes(self) -> int:
+        return self.quantized_bytes + sum(self.kept.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per parameter of the quantized layers."""
+        return 8 * self.quantized_bytes / max(1, self.quantized_parameters)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a directory calls itself a checkpoint of atom."""
+    return path.is_dir() and _quantization(path).get("quant_method") == "atom"
+
+
+def read_contents(directory: Path) -> Contents:
+    """The contents of a checkpoint from config.json, manifest and report; InputError when it is no checkpoint."""
+    from atomcli.checkpoint.manifest import read_manifest, read_report
+    from atomcli.checkpoint.tensorfile import DTYPES
+
+    if not directory.is_dir():
+        raise InputError(f"there is no checkpoint at {directory}", "give the directory that `atom quantize` wrote")
+    if not is_checkpoint(directory):
+        raise InputError(f"{directory} is no checkpoint of atom", "make one with `atom quantize`")
+    quantization, report = _quantization(directory), read_report(directory)
+    linears: dict[str, dict[str, Any]] = quantization["linears"]
+    errors = {entry.get("linear"): entry.get("error") for entry in report.get("layers", [])}
+    stored: dict[str, int] = defaultdict(int)
+    kept: dict[str, int] = {}
+    for shard in read_manifest(directory).shards.values():
+        for tensor, record in shard.tensors.items():
+            size = math.prod(record.shape) * DTYPES[record.dtype].itemsize
+            linear = tensor.rpartition(".")[0]
+            if linear in linears:
+                stored[linear] += size
+            else:
+                kept[tensor] = size
+    layers = [
+        Layer(name, entry["scheme"], entry["in_features"] * entry["out_features"], stored[name], errors.get(name))
+        for name, entry in linears.items()
+    ]
+    return Contents(layers, kept, quantization["kv_cache"], report)
+
+
+def _quantization(directory: Path) -> dict[str, Any]:
+    from atomcli.checkpoint.directory import CONFIG, read_json
+
+    found = read_json(directory / CONFIG, missing_ok=True).get("quantization_config")
+    return found if isinstance(found, dict) else {}

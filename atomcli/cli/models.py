@@ -1,0 +1,73 @@
+"""Models by the name a person types: a checkpoint of atom, or any parent that a source can read."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from atomcli.cli.console import console
+from atomcli.cli.layers import is_checkpoint, read_contents
+from atomcli.errors import UsageError
+
+
+@dataclass
+class OpenModel:
+    """A model ready to run, its tokenizer, the bytes of its weights and the bits per weight of its linears."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    weight_bytes: int
+    bits_per_weight: float
+
+    def sizes(self) -> dict[str, Any]:
+        return {"weight_bytes": self.weight_bytes, "bits_per_weight": self.bits_per_weight}
+
+
+def open_model(name: str, device: str | None = None) -> OpenModel:
+    """Loads a checkpoint or a parent onto a device; by default a GPU where there is one."""
+    from atomcli.runtime import decoder
+
+    target = pick_device(device)
+    path = Path(name).expanduser()
+    if is_checkpoint(path):
+        from atomcli.checkpoint.directory import load_tokenizer
+
+        contents = read_contents(path)
+        model, tokenizer = decoder.load_checkpoint(path), load_tokenizer(path)
+        return OpenModel(name, model.to(target), tokenizer, contents.bytes, contents.bits_per_weight)
+    from atomcli.checkpoint.source import open_source
+
+    source = open_source(name)
+    tokenizer = source.tokenizer()
+    model = decoder.load_parent(source)
+    element = source.dtype.itemsize
+    size = element * sum(parameter.numel() for parameter in model.parameters())
+    return OpenModel(name, model.to(target), tokenizer, size, 8.0 * element)
+
+
+def pick_device(device: str | None) -> Any:
+    """The torch device a person named, or a GPU where there is one; UsageError for one that isn't here."""
+    import torch
+
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        picked = torch.device(device)
+    except RuntimeError:
+        raise UsageError(f"--device is {device!r}; allowed are cpu, cuda and cuda:N") from None
+    if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"--device is {device!r}, but there are {torch.cuda.device_count()} CUDA devices here",
+            "`atom doctor` says what this machine has",
+        )
+    return picked
+
+
+def parent_of(checkpoint: str) -> str:
+    """The parent that a checkpoint's report names; UsageError when it names none."""
+    path = Path(checkpoint).expanduser()
+    parent = read_contents(path).report.get("parent", {}) if is_checkpoint(path) else {}
+    if not parent.get("name"):
+        raise UsageError(f"{checkpoint} doesn't say which parent it has", "name it with --against PARENT")
+    console.note(f"parent: {parent['name']} (from the checkpoint's report)")
+    return str(parent["name"])

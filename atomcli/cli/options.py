@@ -1,0 +1,61 @@
+"""The options by which `calibrate` and `quantize` change a recipe; each has the recipe's key of the same meaning."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A local directory, a GGUF file, a Hub id, or `demo` (fetched once).")
+]
+RecipeOption = Annotated[
+    str, typer.Option("--recipe", "-r", metavar="RECIPE", help="A recipe that ships, by name, or a YAML file.")
+]
+Bits = Annotated[int | None, typer.Option("--bits", help="Bits of weights and activations: 4 or 8.")]
+Group = Annotated[int | None, typer.Option("--group", help="Channels that share a scale: 16, 32, 64, 128 or 256.")]
+Outliers = Annotated[int | None, typer.Option("--outliers", help="Input channels kept in 8 bits.")]
+KVCache = Annotated[str | None, typer.Option("--kv-cache", help="Keys and values in int4, int8 or none (16 bits).")]
+Rounding = Annotated[str | None, typer.Option("--rounding", help="gptq, or rtn (round to nearest).")]
+Clip = Annotated[str | None, typer.Option("--clip", help="Weight clip ratio between 0.1 and 1, or search.")]
+Dataset = Annotated[
+    str | None, typer.Option("--dataset", metavar="TEXT", help="Text to calibrate on: `demo`, a file, or a Hub id.")
+]
+Samples = Annotated[int | None, typer.Option("--samples", help="Calibration sequences (the recipes say 128).")]
+SequenceLength = Annotated[int | None, typer.Option("--sequence-length", help="Tokens in each of them.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Which sequences are drawn.")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one).")]
+
+
+def default_output(model: str, suffix: str) -> Path:
+    """A directory here named after the model: `demo-atom-w4a4`."""
+    return Path(f"{Path(model).stem or 'model'}-{suffix}")
+
+
+def resolve(recipe: str, **changes: Any) -> Any:
+    """The recipe with the command line's values in place of its own, and a note for what was changed."""
+    from atomcli.cli.console import console
+    from atomcli.recipe import load_recipe, override
+
+    loaded = load_recipe(recipe)
+    if isinstance(clip := changes.get("clip"), str):
+        changes["clip"] = _number(clip)
+    resolved = override(loaded, **changes)
+    before, after = _flat(loaded.resolved()), _flat(resolved.resolved())
+    changed = [f"{key} {after[key]} (recipe: {before[key]})" for key in after if before.get(key) != after[key]]
+    console.note(f"recipe {loaded.name}" + (f" with {', '.join(changed)}" if changed else ""))
+    return resolved
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _flat(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one mapping with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in document.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

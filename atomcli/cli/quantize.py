@@ -1,0 +1,98 @@
+"""`atom quantize`: the whole compress road, from a model to a verified checkpoint."""
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from atomcli.cli import log, options
+from atomcli.cli.command import command
+from atomcli.cli.console import byte_count, console, duration
+from atomcli.cli.layers import read_contents
+
+
+@command
+def quantize(
+    model: options.Model,
+    recipe: options.RecipeOption = "atom-w4a4",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="OUT", help="Where to write (default: MODEL-RECIPE here).")
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option("--calibration", metavar="DIR", help="What `atom calibrate` wrote.")
+    ] = None,
+    bits: options.Bits = None,
+    group: options.Group = None,
+    outliers: options.Outliers = None,
+    kv_cache: options.KVCache = None,
+    rounding: options.Rounding = None,
+    clip: options.Clip = None,
+    dataset: options.Dataset = None,
+    samples: options.Samples = None,
+    sequence_length: options.SequenceLength = None,
+    seed: options.Seed = None,
+    device: options.Device = None,
+) -> None:
+    """Compress a model into a checkpoint.
+
+    Calibrates first when no --calibration is given. Interrupted, the same command continues where it stopped.
+    """
+    resolved = options.resolve(
+        recipe,
+        bits=bits,
+        group=group,
+        outliers=outliers,
+        kv_cache=kv_cache,
+        rounding=rounding,
+        clip=clip,
+        dataset=dataset,
+        samples=samples,
+        sequence_length=sequence_length,
+        seed=seed,
+    )
+    from atomcli.checkpoint.writer import refuse_occupied
+
+    out = output or options.default_output(model, resolved.name)
+    refuse_occupied(out)
+    log_file = log.to_file("quantize")
+    from atomcli.checkpoint.source import open_source
+    from atomcli.cli.progress import Progress
+    from atomcli.pipeline.compress import compress
+
+    started = time.monotonic()
+    source = open_source(model)
+    console.after_interruption = "finished blocks are kept: the same command continues after them"
+    with Progress() as progress:
+        report = compress(source, resolved, out, calibration=calibration, device=device, progress=progress)
+    took = time.monotonic() - started
+    _say_result(model, out, report, took)
+    if log_file:
+        console.note(f"log: {log_file}")
+
+
+def _say_result(model: str, out: Path, report: dict[str, Any], took: float) -> None:
+    """The sizes, and the three commands one wants next."""
+    contents = read_contents(out)
+    next_commands = [
+        f"atom eval kld {out} --against {model}",
+        f"atom inspect {out}",
+        f"atom bench model {out} --against {model}",
+    ]
+    document = {
+        "checkpoint": out,
+        "bytes": contents.bytes,
+        "bits_per_weight": contents.bits_per_weight,
+        "layers": len(contents.layers),
+        "seconds": took,
+        "report": report,
+        "next": next_commands,
+    }
+    console.result(
+        document,
+        f"{out}: {len(contents.layers)} layers at {contents.bits_per_weight:.2f} bits per weight, "
+        f"{byte_count(contents.bytes)} in all, verified",
+    )
+    console.note(f"took {duration(took)}; next:")
+    for line in next_commands:
+        console.note(f"  {line}")

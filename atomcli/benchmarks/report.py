@@ -158,13 +158,13 @@ def _with_spread(value: Measure | None) -> str:
 
 
 def number(value: float, digits: int = 4) -> str:
-    """`value` with `digits` significant digits, never in exponent notation; thousands in groups of three."""
-    if not math.isfinite(value):
-        return str(value)
-    if value == int(value) and abs(value) >= 10 ** (digits - 1):
+    """`value` to `digits` significant digits or to whole numbers; no exponents, thousands in groups of three."""
+    if not value or not math.isfinite(value):
+        return f"{value:g}"
+    if isinstance(value, int) or (value == int(value) and abs(value) >= 10 ** (digits - 1)):
         return f"{int(value):,}"
-    decimals = digits - 1 - math.floor(math.log10(abs(value))) if value else 0
-    return f"{round(value, decimals):,.{max(0, decimals)}f}"
+    rounded = float(f"{value:.{digits - 1}e}")  # first: 9.9999 has one digit more before the point than after
+    return f"{value:,.{max(0, digits - 1 - math.floor(math.log10(abs(rounded))))}f}"
 
 
 def _markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]], numeric: range) -> str:

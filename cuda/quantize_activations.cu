@@ -1,0 +1,448 @@
+// Quantizes the input of a linear layer and writes it as the operand that the GEMM reads, one CTA per token.
+//
+//   stage      the row in shared memory, through (residual add +) RMSNorm or SiLU(gate) * up
+//   transform  gather by the layout's permutation, flip signs, Hadamard inside each block of 128 channels
+//   measure    the range of each group, and of the whole token
+//   encode     scales and codes by the rule of atomcli/formats/activations.py, bit for bit
+//   store      operand[k-block][token][128 bytes], the 16-byte chunks of a row xor-swizzled as the tensor cores read them
+//
+// The body's channels fill k-blocks of 128, padded with zero channels; the outliers fill k-blocks of their own after it.
+// A block is worked on by 128 / CHANNELS neighbouring lanes, CHANNELS (4 or 16) consecutive channels each: few channels
+// are quick for a single token, many need fewer shuffles. Arithmetic that decides a code is written with rounding
+// intrinsics: a contraction to FMA would move codes.
+
+#include "chain.cuh"
+#include "numbers.cuh"
+
+enum Prologue { PLAIN, NORM, ADD_NORM, SILU_MUL };
+enum Scales { PER_TOKEN, FP16_GROUP, E8M0_GROUP, E4M3_GROUP, TWO_LEVEL, TWO_LEVEL_ASYMMETRIC };
+enum Element { INT4, INT8, E2M1 };
+enum Container { S8, E4M3, NIBBLE };  // how a body code is stored: a signed byte, an e4m3 byte, half a byte
+
+using Input = INPUT;      // float, fp16 or bf16
+using Index = INDEX;      // of a channel, sign in the top bit: unsigned short or unsigned
+constexpr Prologue prologue = PROLOGUE;
+constexpr Scales scales = SCALES;
+constexpr Element element = ELEMENT;
+constexpr Container container = CONTAINER;
+constexpr bool has_table = TABLE;        // permutation and signs; without it channels keep their order
+constexpr bool has_hadamard = HADAMARD;
+constexpr bool aligned = ALIGNED;        // rows, body and pointers allow 16-byte accesses
+constexpr int group = GROUP;             // channels per scale, 16 ... 128
+constexpr int channels_per_lane = CHANNELS;
+constexpr int blocks_per_lane = BLOCKS;  // k-blocks that a lane keeps in registers
+constexpr bool in_passes = PASSES;       // rows too long for that are transformed twice
+
+constexpr int block_channels = 128;
+constexpr int lanes_per_block = block_channels / channels_per_lane;
+constexpr int groups_per_block = block_channels / group;
+constexpr unsigned all_lanes = 0xFFFFFFFFu;
+constexpr Index sign_bit = (Index)(1u << (8 * sizeof(Index) - 1));
+constexpr float grid_high = element == INT4 ? 7.0f : element == INT8 ? 127.0f : 6.0f;
+constexpr float int8_high = 127.0f;
+
+// What one CTA shares. The row follows it; row[channels] is a zero that padding channels gather.
+struct Shared {
+  float partial_sums[32];
+  unsigned absmax[2];  // of the body and of the outliers, as ordered integers
+  unsigned unused[2];
+};
+
+struct Shape {
+  int channels, body, body_blocks, blocks;
+};
+
+struct Range {
+  float low, high;
+};
+
+// ---------------------------------------------------------------------------------------------------- stage
+
+template <int count> struct alignas(sizeof(Input) * count) Chunk {
+  Input values[count];
+};
+constexpr int stage_width = aligned ? 16 / sizeof(Input) : 1;
+using StageChunk = Chunk<stage_width>;
+
+__device__ __forceinline__ float silu(float gate) { return __fdiv_rn(gate, 1.0f + expf(-gate)); }
+
+__device__ __forceinline__ float sum_over_block(float value, Shared& shared) {
+  for (int distance = 16; distance; distance /= 2) value += __shfl_xor_sync(all_lanes, value, distance);
+  if (threadIdx.x % 32 == 0) shared.partial_sums[threadIdx.x / 32] = value;
+  __syncthreads();
+  float sum = 0.0f;
+  for (int warp = 0; warp < blockDim.x / 32; warp++) sum += shared.partial_sums[warp];
+  return sum;
+}
+
+// Brings the token's row into shared memory, rounded to the input's dtype wherever torch would hold it in a tensor.
+__device__ __forceinline__ void stage_row(Input* row, Shared& shared, const Input* x, const Input* other, const Input* norm_weight,
+                                          Input* residual_out, Input* row_out, int channels, float epsilon, int unit_offset) {
+  float squares = 0.0f;
+  for (int channel = threadIdx.x * stage_width; channel < channels; channel += blockDim.x * stage_width) {
+    StageChunk in = *reinterpret_cast<const StageChunk*>(x + channel), second, out;
+    if (prologue == ADD_NORM || prologue == SILU_MUL) second = *reinterpret_cast<const StageChunk*>(other + channel);
+#pragma unroll
+    for (int i = 0; i < stage_width; i++) {
+      float value = to_float(in.values[i]);
+      if (prologue == ADD_NORM) value = rounded<Input>(value + to_float(second.values[i]));
+      if (prologue == SILU_MUL) value = rounded<Input>(silu(value)) * to_float(second.values[i]);
+      if (prologue == NORM || prologue == ADD_NORM) squares += value * value;
+      out.values[i] = from_float<Input>(value);
+    }
+    *reinterpret_cast<StageChunk*>(row + channel) = out;
+    if (prologue == ADD_NORM) *reinterpret_cast<StageChunk*>(residual_out + channel) = out;
+    if (prologue == SILU_MUL && row_out) *reinterpret_cast<StageChunk*>(row_out + channel) = out;
+  }
+  if (threadIdx.x == 0) row[channels] = from_float<Input>(0.0f);
+  if (prologue == NORM || prologue == ADD_NORM) {
+    float inverse = rsqrtf(sum_over_block(squares, shared) / (float)channels + epsilon);
+    for (int channel = threadIdx.x * stage_width; channel < channels; channel += blockDim.x * stage_width) {
+      StageChunk chunk = *reinterpret_cast<StageChunk*>(row + channel);
+      StageChunk weight = *reinterpret_cast<const StageChunk*>(norm_weight + channel);
+#pragma unroll
+      for (int i = 0; i < stage_width; i++) {
+        float value = to_float(chunk.values[i]) * inverse, scale = to_float(weight.values[i]);
+        // Gemma keeps fp32 up to the product and stores its weights minus one; everybody else rounds in between.
+        value = unit_offset ? value * (1.0f + scale) : rounded<Input>(value) * scale;
+        chunk.values[i] = from_float<Input>(value);
+      }
+      *reinterpret_cast<StageChunk*>(row + channel) = chunk;
+      if (row_out) *reinterpret_cast<StageChunk*>(row_out + channel) = chunk;
+    }
+  }
+  __syncthreads();
+}
+
+// ------------------------------------------------------------------------------------------------ transform
+
+// Channels of a k-block that exist: 128 but for the last block of the body and of the outliers.
+__device__ __forceinline__ int channels_of(int block, const Shape& shape) {
+  int end = block < shape.body_blocks ? shape.body - block * block_channels
+                                      : shape.channels - shape.body - (block - shape.body_blocks) * block_channels;
+  return min(end, block_channels);
+}
+
+__device__ __forceinline__ int first_channel(int block, const Shape& shape) {
+  return block < shape.body_blocks ? block * block_channels : shape.body + (block - shape.body_blocks) * block_channels;
+}
+
+using Values = float[channels_per_lane];
+
+// The lane's channels of one k-block, in the layout's order; padding channels are zero.
+__device__ __forceinline__ void gather(Values& values, const Input* row, const Index* table, int block, int position, const Shape& shape) {
+  if (has_table) {
+    struct alignas(sizeof(Index) * 4) Indices { Index index[4]; };
+#pragma unroll
+    for (int i = 0; i < channels_per_lane; i += 4) {
+      Indices four = *reinterpret_cast<const Indices*>(table + block * block_channels + position + i);
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        float value = to_float(row[four.index[j] & (Index)~sign_bit]);
+        values[i + j] = four.index[j] & sign_bit ? -value : value;
+      }
+    }
+  } else {
+    int exist = channels_of(block, shape) - position;
+    const Input* source = row + first_channel(block, shape) + position;
+    if (aligned && exist >= channels_per_lane) {
+#pragma unroll
+      for (int i = 0; i < channels_per_lane; i += 4) {
+        Chunk<4> four = *reinterpret_cast<const Chunk<4>*>(source + i);
+#pragma unroll
+        for (int j = 0; j < 4; j++) values[i + j] = to_float(four.values[j]);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < channels_per_lane; i++) values[i] = i < exist ? to_float(source[i]) : 0.0f;
+    }
+  }
+}
+
+// Size of the Hadamard block that a channel of a ragged k-block lies in: the bits of `exist`, largest first. The block is
+// named by the highest bit in which `exist` and the position differ.
+__device__ __forceinline__ int hadamard_size(int position, int exist) { return 1 << (31 - __clz((position ^ exist) | 1)); }
+
+// 1 / sqrt(size), rounded to fp32: exact powers of two, times sqrt(1/2) for the odd ones.
+__device__ __forceinline__ float hadamard_factor(int size) {
+  int exponent = 31 - __clz(size);
+  float power = __uint_as_float((unsigned)(127 - exponent / 2) << 23);
+  return exponent % 2 ? __fmul_rn(power, 0.70710678118654752f) : power;
+}
+
+// Butterflies from distance 1 upwards, the factor last: the order is part of the contract (formats/groups.py).
+template <bool ragged> __device__ __forceinline__ void hadamard(Values& values, int position, int exist) {
+#pragma unroll
+  for (int distance = 1; distance < block_channels; distance *= 2) {
+    if (distance < channels_per_lane) {
+#pragma unroll
+      for (int i = 0; i < channels_per_lane; i++) {
+        if (i & distance) continue;
+        float low = values[i], high = values[i + distance];
+        if (ragged && hadamard_size(position + i, exist) <= distance) continue;
+        values[i] = __fadd_rn(low, high);
+        values[i + distance] = __fsub_rn(low, high);
+      }
+    } else {
+      float sign = position & distance ? -1.0f : 1.0f;
+#pragma unroll
+      for (int i = 0; i < channels_per_lane; i++) {
+        float partner = __shfl_xor_sync(all_lanes, values[i], distance / channels_per_lane);
+        float sum = __fmaf_rn(values[i], sign, partner);  // the product is exact
+        values[i] = ragged && hadamard_size(position + i, exist) <= distance ? values[i] : sum;
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < channels_per_lane; i++) {
+    int size = ragged ? hadamard_size(position + i, exist) : block_channels;
+    values[i] = __fmul_rn(values[i], hadamard_factor(size));
+  }
+}
+
+__device__ __forceinline__ void transform(Values& values, const Input* row, const Index* table, int block, int position, const Shape& shape) {
+  if (block < shape.blocks) {
+    gather(values, row, table, block, position, shape);
+  } else {
+#pragma unroll
+    for (int i = 0; i < channels_per_lane; i++) values[i] = 0.0f;
+  }
+  if (has_hadamard) {
+    int exist = block < shape.blocks ? channels_of(block, shape) : block_channels;
+    if (__any_sync(all_lanes, exist != block_channels)) hadamard<true>(values, position, exist);
+    else hadamard<false>(values, position, exist);
+  }
+}
+
+// -------------------------------------------------------------------------------------------------- measure
+
+// The range of each group, known to all its lanes. Symmetric grids: high is the absolute maximum, low is unused.
+__device__ __forceinline__ Range group_range(const Values& values) {
+  constexpr bool asymmetric = scales == TWO_LEVEL_ASYMMETRIC;
+  constexpr int lanes_per_group = group / channels_per_lane;
+  Range range = {values[0], asymmetric ? values[0] : fabsf(values[0])};
+#pragma unroll
+  for (int i = 1; i < channels_per_lane; i++) {
+    if (asymmetric) range.low = fminf(range.low, values[i]);
+    range.high = fmaxf(range.high, asymmetric ? values[i] : fabsf(values[i]));
+  }
+#pragma unroll
+  for (int distance = 1; distance < lanes_per_group; distance *= 2) {
+    if (asymmetric) range.low = fminf(range.low, __shfl_xor_sync(all_lanes, range.low, distance));
+    range.high = fmaxf(range.high, __shfl_xor_sync(all_lanes, range.high, distance));
+  }
+  return range;
+}
+
+__device__ __forceinline__ float absmax_of(const Range& range) {
+  return scales == TWO_LEVEL_ASYMMETRIC ? fmaxf(fabsf(range.low), fabsf(range.high)) : range.high;
+}
+
+// Absolute maxima are ordered as integers as they are as floats.
+__device__ __forceinline__ void share_absmax(unsigned& shared_absmax, float absmax) {
+  unsigned bits = __float_as_uint(absmax);
+  for (int distance = 16; distance; distance /= 2) bits = max(bits, __shfl_xor_sync(all_lanes, bits, distance));
+  if (threadIdx.x % 32 == 0) atomicMax(&shared_absmax, bits);
+}
+
+// --------------------------------------------------------------------------------------------------- encode
+
+__device__ __forceinline__ int nearest(float ratio, float low, float high) { return __float2int_rn(fminf(fmaxf(ratio, low), high)); }
+
+__device__ __forceinline__ unsigned code_of(float ratio) {
+  if (element == E2M1) {
+    unsigned code = e2m1_code(ratio);
+    return container == E4M3 ? e4m3_of_e2m1(code) : code;
+  }
+  int code = nearest(ratio, -grid_high, grid_high);
+  return container == E4M3 ? e4m3_of_integer(code) : (unsigned)code;
+}
+
+// The numbers that a format's clip ratio makes of a range, computed on the host in double precision.
+struct Factors {
+  float clip, token, group;  // PER_TOKEN, TWO_LEVEL: absmax to token scale; FP16_GROUP, TWO_LEVEL: to group scale
+};
+
+constexpr float per_int8 = (float)(1.0 / 127), per_e2m1 = (float)(1.0 / 6), per_level = (float)(1.0 / 15);
+constexpr float per_e4m3_of_e2m1 = (float)(1.0 / (6 * 448));
+
+// The token's scale: of the codes (PER_TOKEN), of the integers (TWO_LEVEL), or the unit of the group scales (E4M3_GROUP).
+__device__ __forceinline__ float token_scale_of(float absmax, const Factors& factors) {
+  switch (scales) {
+    case PER_TOKEN:
+    case TWO_LEVEL: return __fmul_rn(absmax, factors.token);
+    case TWO_LEVEL_ASYMMETRIC: return __fmul_rn(__fmul_rn(absmax, factors.clip), per_int8);
+    case E4M3_GROUP: return __fmul_rn(__fmul_rn(absmax, factors.clip), per_e4m3_of_e2m1);
+    default: return 1.0f;
+  }
+}
+
+// Codes of the lane's channels; the first lane of a group stores the group's scale.
+__device__ __forceinline__ void encode_body(unsigned (&codes)[channels_per_lane], const Values& values, Range range, float token_scale,
+                                            float token_inverse, const Factors& factors, unsigned char* group_scale, bool stores_scale) {
+  if (scales == PER_TOKEN) {
+#pragma unroll
+    for (int i = 0; i < channels_per_lane; i++) codes[i] = code_of(__fmul_rn(values[i], token_inverse));
+  } else if (scales == TWO_LEVEL) {
+    float multiplier = fminf(fmaxf(rintf(__fmul_rn(__fmul_rn(range.high, token_inverse), factors.group)), 1.0f), 15.0f);
+    float inverse = __frcp_rn(multiplier);
+#pragma unroll
+    for (int i = 0; i < channels_per_lane; i++)
+      codes[i] = (unsigned)((int)multiplier * nearest(__fmul_rn(__fmul_rn(values[i], token_inverse), inverse), -7.0f, 7.0f));
+  } else if (scales == TWO_LEVEL_ASYMMETRIC) {
+    float low = __fmul_rn(__fmul_rn(range.low, factors.clip), token_inverse);
+    float high = __fmul_rn(__fmul_rn(range.high, factors.clip), token_inverse);
+    float multiplier = fminf(fmaxf(rintf(__fmul_rn(__fsub_rn(high, low), per_level)), 1.0f), 17.0f);
+    float offset = rintf(__fsub_rn(__fmul_rn(__fadd_rn(low, high), 0.5f), __fmul_rn(7.5f, multiplier)));
+    offset = fminf(fmaxf(offset, -128.0f), 127.0f - 15.0f * multiplier);
+    float inverse = __frcp_rn(multiplier);
+#pragma unroll
+    for (int i = 0; i < channels_per_lane; i++) {
+      int level = nearest(__fmul_rn(__fsub_rn(__fmul_rn(values[i], token_inverse), offset), inverse), 0.0f, 15.0f);
+      codes[i] = (unsigned)((int)multiplier * level + (int)offset);
+    }
+  } else {
+    float scale;
+    if (scales == FP16_GROUP) {
+      unsigned short stored = float_to_half(__fmul_rn(range.high, factors.group));
+      scale = half_to_float(stored);
+      if (stores_scale) *reinterpret_cast<unsigned short*>(group_scale) = stored;
+    } else {
+      float absmax = __fmul_rn(range.high, factors.clip);
+      float ratio = __fmul_rn(__fmul_rn(absmax, per_e2m1), token_inverse);
+      unsigned stored = scales == E8M0_GROUP ? e8m0_code(absmax) : e4m3_code(fminf(ratio, 448.0f));
+      scale = scales == E8M0_GROUP ? e8m0_value(stored) : __fmul_rn(e4m3_value(stored), token_scale);
+      if (stores_scale) *group_scale = (unsigned char)stored;
+    }
+    float inverse = reciprocal_or_zero(scale);
+#pragma unroll
+    for (int i = 0; i < channels_per_lane; i++) codes[i] = code_of(__fmul_rn(values[i], inverse));
+  }
+}
+
+__device__ __forceinline__ void encode_outliers(unsigned (&codes)[channels_per_lane], const Values& values, float inverse) {
+#pragma unroll
+  for (int i = 0; i < channels_per_lane; i++) codes[i] = (unsigned)nearest(__fmul_rn(values[i], inverse), -int8_high, int8_high);
+}
+
+// ---------------------------------------------------------------------------------------------------- store
+
+// `bits` of each code, packed into words and written as one access.
+template <int bits> __device__ __forceinline__ void store_codes(unsigned char* target, const unsigned (&codes)[channels_per_lane]) {
+  constexpr int bytes = channels_per_lane * bits / 8;
+  constexpr unsigned mask = bits == 8 ? 0xFFu : 0xFu;
+  unsigned words[(bytes + 3) / 4] = {};
+#pragma unroll
+  for (int i = 0; i < channels_per_lane; i++) words[i * bits / 32] |= (codes[i] & mask) << (i * bits % 32);
+  if constexpr (bytes == 2) *reinterpret_cast<unsigned short*>(target) = (unsigned short)words[0];
+  if constexpr (bytes == 4) *reinterpret_cast<unsigned*>(target) = words[0];
+  if constexpr (bytes == 8) *reinterpret_cast<uint2*>(target) = make_uint2(words[0], words[1]);
+  if constexpr (bytes == 16) *reinterpret_cast<uint4*>(target) = make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+// Address of a byte in a 128-byte operand row: chunk c of row r lies at c ^ (r % 8).
+__device__ __forceinline__ size_t byte_address(int block, int position, int token, int padded_tokens) {
+  size_t row = (size_t)block * padded_tokens + token;
+  return row * 128 + (((position >> 4) ^ (token & 7)) << 4) + (position & 15);
+}
+
+// The same for 64-byte rows of 4-bit codes: chunk c of row r lies at c ^ (r / 2 % 4), free of bank conflicts for ldmatrix.
+__device__ __forceinline__ size_t nibble_address(int block, int position, int token, int padded_tokens) {
+  size_t row = (size_t)block * padded_tokens + token;
+  return row * 64 + (((position >> 5) ^ (token >> 1 & 3)) << 4) + (position >> 1 & 15);
+}
+
+// --------------------------------------------------------------------------------------------------- kernel
+
+// x, other (residual or up): rows of `channels`, strides in elements. norm_weight (channels,). table (blocks * 128,): the
+// source of each operand channel, `channels` for padding, with the sign in the top bit. residual_out receives x + other,
+// row_out (or null) what the layer's input is before the transform. operand: body k-blocks, outlier_operand: theirs.
+// token_scale, outlier_scale (padded_tokens,) fp32; group_scales (groups, padded_tokens) fp16 or bytes.
+// CTAs past `tokens` fill the padding rows with zeros.
+extern "C" __global__ void __launch_bounds__(THREADS)
+quantize_activations(const Input* x, const Input* other, const Input* norm_weight, const Index* table, Input* residual_out, Input* row_out,
+                     unsigned char* operand, unsigned char* outlier_operand, float* token_scale, float* outlier_scale,
+                     unsigned char* group_scales, int tokens, int padded_tokens, int channels, int body, int x_stride, int other_stride,
+                     float clip, float token_factor, float group_factor, float epsilon, int unit_offset) {
+  extern __shared__ __align__(16) unsigned char shared_bytes[];
+  Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
+  Input* row = reinterpret_cast<Input*>(shared_bytes + sizeof(Shared));
+
+  int token = blockIdx.x;
+  Factors factors = {clip, token_factor, group_factor};
+  Shape shape = {channels, body, (body + 127) / 128, (body + 127) / 128 + (channels - body + 127) / 128};
+  int slot = threadIdx.x / lanes_per_block, slots = blockDim.x / lanes_per_block;
+  int position = threadIdx.x % lanes_per_block * channels_per_lane;
+
+  if (threadIdx.x < 2) shared.absmax[threadIdx.x] = 0;
+  allow_next_kernel();
+  wait_for_previous_kernel();
+  if (token < tokens) {
+    size_t offset = (size_t)token * channels;
+    stage_row(row, shared, x + (size_t)token * x_stride, other + (size_t)token * other_stride, norm_weight, residual_out + offset,
+              row_out ? row_out + offset : nullptr, channels, epsilon, unit_offset);
+  } else {
+    for (int channel = threadIdx.x; channel <= channels; channel += blockDim.x) row[channel] = from_float<Input>(0.0f);
+    __syncthreads();
+  }
+
+  float values[blocks_per_lane][channels_per_lane];
+  Range ranges[blocks_per_lane];
+  float absmax = 0.0f, outlier_absmax = 0.0f;
+  constexpr int stride = blocks_per_lane;
+  int passes = in_passes ? (shape.blocks + stride * slots - 1) / (stride * slots) : 1;
+#pragma unroll 1
+  for (int pass = 0; pass < passes; pass++) {
+#pragma unroll
+    for (int i = 0; i < blocks_per_lane; i++) {
+      int block = slot + (pass * stride + i) * slots;
+      transform(values[i], row, table, block, position, shape);
+      ranges[i] = group_range(values[i]);
+      float reach = absmax_of(ranges[i]);
+      absmax = fmaxf(absmax, block < shape.body_blocks ? reach : 0.0f);
+      outlier_absmax = fmaxf(outlier_absmax, block < shape.body_blocks ? 0.0f : reach);
+    }
+  }
+  share_absmax(shared.absmax[0], absmax);
+  share_absmax(shared.absmax[1], outlier_absmax);
+  __syncthreads();
+
+  float body_scale = token_scale_of(__uint_as_float(shared.absmax[0]), factors);
+  float body_inverse = reciprocal_or_zero(body_scale);
+  float outliers_scale = __fmul_rn(__uint_as_float(shared.absmax[1]), per_int8);
+  float outliers_inverse = reciprocal_or_zero(outliers_scale);
+  if (threadIdx.x == 0) {
+    token_scale[token] = body_scale;
+    outlier_scale[token] = outliers_scale;
+  }
+  constexpr int scale_bytes = scales == FP16_GROUP ? 2 : 1;
+  constexpr bool has_group_scales = scales == FP16_GROUP || scales == E8M0_GROUP || scales == E4M3_GROUP;
+#pragma unroll 1
+  for (int pass = 0; pass < passes; pass++) {
+#pragma unroll
+    for (int i = 0; i < blocks_per_lane; i++) {
+      int block = slot + (pass * stride + i) * slots;
+      if (in_passes) {
+        transform(values[i], row, table, block, position, shape);
+        ranges[i] = group_range(values[i]);
+      }
+      if (block >= shape.blocks) continue;
+      unsigned codes[channels_per_lane];
+      if (block < shape.body_blocks) {
+        size_t scale_index = (size_t)(block * groups_per_block + position / group) * padded_tokens + token;
+        encode_body(codes, values[i], ranges[i], body_scale, body_inverse, factors, group_scales + scale_index * scale_bytes,
+                    has_group_scales && position % group == 0);
+        if (scales == TWO_LEVEL_ASYMMETRIC) {  // a zero channel of a ragged group has a level too, but its weight does not exist
+          int exist = channels_of(block, shape) - position;
+#pragma unroll
+          for (int j = 0; j < channels_per_lane; j++) codes[j] = j < exist ? codes[j] : 0u;
+        }
+        if (container == NIBBLE) store_codes<4>(operand + nibble_address(block, position, token, padded_tokens), codes);
+        else store_codes<8>(operand + byte_address(block, position, token, padded_tokens), codes);
+      } else {
+        encode_outliers(codes, values[i], outliers_inverse);
+        store_codes<8>(outlier_operand + byte_address(block - shape.body_blocks, position, token, padded_tokens), codes);
+      }
+    }
+  }
+}

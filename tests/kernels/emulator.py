@@ -1,0 +1,62 @@
+"""Runs CUDA kernels on a CPU: the source is compiled by g++ against tests/kernels/host, each thread is a fiber.
+
+It checks what a kernel computes, index by index, where there is no card; it says nothing about time or races.
+"""
+
+import ctypes
+import functools
+import hashlib
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from atomcli.resources import resource_directory
+
+HOST = Path(__file__).parent / "host"
+COMPILER = shutil.which("g++")
+# No contraction: the device code says where it wants an FMA.
+OPTIONS = ("-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-ffp-contract=off", "-include", "cuda_on_host.h", f"-I{HOST}")
+
+
+@functools.cache
+def _build(file: str, entry: str, defines: tuple[tuple[str, int | str], ...]) -> ctypes.CDLL:
+    sources = {path.name: path.read_text() for path in resource_directory("cuda").glob("*.cu*")}
+    sources |= {path.name: path.read_text() for path in HOST.iterdir()}
+    # A block-scope extern array is the emulator's shared memory; device headers that have a host version are left out.
+    text = re.sub(r"extern __shared__[^;]*shared_bytes\[\];", "", sources[file])
+    with tempfile.TemporaryDirectory(prefix="atom-emulator-") as folder:
+        for name, content in sources.items():
+            (Path(folder) / name).write_text(content)
+        main = Path(folder) / "main.cpp"
+        main.write_text(
+            f"{text}\nextern \"C\" void run(unsigned x, unsigned y, unsigned z, unsigned threads, void** arguments) "
+            f"{{ host::launch({entry}, {{x, y, z}}, threads, arguments); }}\n"
+        )
+        library = Path(folder) / f"lib{hashlib.sha256(repr(defines).encode()).hexdigest()[:16]}.so"
+        macros = [f"-D{name}={value}" for name, value in defines]
+        subprocess.run([COMPILER, *OPTIONS, *macros, "-o", library, main], check=True, cwd=folder)
+        return ctypes.CDLL(str(library))
+
+
+class HostKernel:
+    """The stand-in for atomcli.kernels.compiler.Kernel: the same launch arguments, CPU tensors."""
+
+    def __init__(self, file: str, entry: str, defines: Mapping[str, int | str]) -> None:
+        self.library = _build(file, entry, tuple(sorted(defines.items())))
+
+    def launch(self, grid: int | tuple[int, ...], block: int, *arguments: torch.Tensor | float | None, **_: object) -> None:
+        """Run one grid to its end."""
+        values: list[ctypes.c_void_p | ctypes.c_int32 | ctypes.c_float] = []
+        for value in arguments:
+            if value is None or isinstance(value, torch.Tensor):
+                values.append(ctypes.c_void_p(0 if value is None else value.data_ptr()))
+            else:
+                values.append(ctypes.c_int32(value) if isinstance(value, int) else ctypes.c_float(value))
+        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        x, y, z = (grid, 1, 1) if isinstance(grid, int) else (*grid, 1, 1)[:3]
+        self.library.run(x, y, z, block, pointers)

@@ -1,0 +1,152 @@
+"""The quantization kernel against its rule, run by the emulator, and compiled for every architecture."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from atomcli.errors import UnsupportedError
+from atomcli.formats.layout import InputLayout
+from atomcli.formats.scheme import SCHEMES, ActivationFormat, Scheme
+from atomcli.kernels import quantize as quantization
+from atomcli.kernels.compiler import compile_source
+from atomcli.kernels.quantize import Operand, prepare_layout
+from tests.kernels import quantize_cases as cases
+from tests.kernels.emulator import COMPILER, HostKernel
+
+emulated = pytest.mark.skipif(COMPILER is None, reason="the emulator needs g++")
+ARCHITECTURES = ("80", "86", "89", "90a", "100a", "120a")
+
+
+def run(
+    x: Tensor,
+    scheme: Scheme,
+    layout: InputLayout,
+    prologue: str = "plain",
+    other: Tensor | None = None,
+    weight: Tensor | None = None,
+    container: str = "s8",
+    unit_offset: bool = False,
+) -> tuple[Operand, Tensor, Tensor]:
+    """The kernel on the emulator, its outputs poisoned before."""
+    table = prepare_layout(layout, "cpu")
+    results = quantization.allocate(x, layout.body, scheme.activations, prologue, container, 8, True)
+    for result in results:
+        result.view(torch.uint8).fill_(0xA5)
+    quantization.launch(
+        lambda how: HostKernel(quantization.SOURCE, quantization.ENTRY, how.defines),
+        x, other, weight, table.table, table.hadamard, prologue, scheme.activations, container, 1e-6, unit_offset,
+        results, layout.body, True,
+    )  # fmt: skip
+    return Operand(*results[:5]), results[5], results[6]
+
+
+@emulated
+@pytest.mark.parametrize("name", cases.FORMATS)
+def test_codes_equal_the_rule(name: str) -> None:
+    torch.manual_seed(0)
+    scheme = cases.scheme_of(cases.FORMATS[name], outliers=64, hadamard=True)
+    layout = cases.random_layout(580, 64, permuted=True, signed=True, hadamard=True)  # body 516 = 4 * 128 + 4
+    x = cases.random_rows(9, 580, torch.bfloat16)
+    assert cases.reference(x, scheme, layout).codes.any()
+    operand, _, _ = run(x, scheme, layout)
+    cases.assert_equal(operand, cases.reference(x, scheme, layout), "s8")
+
+
+@emulated
+@pytest.mark.parametrize(
+    ("channels", "outliers", "permuted", "signed", "hadamard", "dtype"),
+    [
+        (576, 128, True, True, True, torch.bfloat16),
+        (576, 128, False, False, False, torch.float16),
+        (301, 0, True, False, True, torch.float32),  # nothing is a multiple of anything
+        (203, 37, False, True, True, torch.bfloat16),
+        (256, 128, False, False, True, torch.float32),
+    ],
+)
+@pytest.mark.parametrize("few_tokens", [0, 264])
+def test_layouts_and_inputs(channels, outliers, permuted, signed, hadamard, dtype, few_tokens, monkeypatch) -> None:
+    torch.manual_seed(1)
+    monkeypatch.setattr(quantization, "FEW_TOKENS", few_tokens)  # both mappings of channels to lanes
+    scheme = cases.scheme_of(cases.TWO_LEVEL_ASYMMETRIC, outliers, hadamard)
+    layout = cases.random_layout(channels, outliers, permuted, signed, hadamard)
+    x = cases.random_rows(5, channels, dtype)
+    operand, _, _ = run(x, scheme, layout)
+    cases.assert_equal(operand, cases.reference(x, scheme, layout), "s8")
+
+
+@emulated
+@pytest.mark.parametrize(("name", "container"), [("paper", "nibble"), ("paper", "e4m3"), ("fp4", "e4m3"), ("fp4", "nibble")])
+def test_containers(name: str, container: str) -> None:
+    torch.manual_seed(2)
+    scheme = cases.scheme_of(cases.FORMATS[name], 128, False)
+    layout = cases.random_layout(384, 128, permuted=True, signed=False, hadamard=False)
+    x = cases.random_rows(11, 384, torch.float16)
+    expected = cases.reference(x, scheme, layout)
+    operand, _, _ = run(x, scheme, layout, container=container)
+    if (name, container) == ("fp4", "nibble"):
+        expected.codes = (expected.codes ^ 8) - 8  # the reader takes nibbles for signed integers
+    cases.assert_equal(operand, expected, container)
+
+
+@emulated
+def test_rows_too_long_for_registers_are_transformed_twice(monkeypatch) -> None:
+    torch.manual_seed(3)
+    monkeypatch.setattr(quantization, "MAX_THREADS", 32)
+    monkeypatch.setattr(quantization, "FEW_TOKENS", 0)
+    scheme = cases.scheme_of(cases.PAPER, 128, True)
+    layout = cases.random_layout(2048, 128, permuted=True, signed=True, hadamard=True)
+    x = cases.random_rows(3, 2048, torch.bfloat16)
+    operand, _, _ = run(x, scheme, layout)
+    cases.assert_equal(operand, cases.reference(x, scheme, layout), "s8")
+
+
+@emulated
+@pytest.mark.parametrize("unit_offset", [False, True])
+def test_residual_and_norm_round_like_torch(unit_offset: bool) -> None:
+    torch.manual_seed(4)
+    scheme, layout = SCHEMES["w4a8"], cases.random_layout(512, 128, permuted=True, signed=True, hadamard=True)
+    x, residual = (torch.randn(4, 512, dtype=torch.bfloat16) for _ in range(2))
+    weight = torch.rand(512, dtype=torch.bfloat16)
+    operand, total, normed = run(x, scheme, layout, "add_norm", residual, weight, unit_offset=unit_offset)
+    assert torch.equal(total, x + residual)
+    wide = total.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+    expected = (wide * (1 + weight.float())).bfloat16() if unit_offset else wide.bfloat16() * weight
+    assert (normed != expected).float().mean() < 0.01  # the sum of squares runs in another order
+    torch.testing.assert_close(normed, expected, rtol=2**-7, atol=0)
+    cases.assert_equal(operand, cases.reference(normed, scheme, layout), "s8")
+
+
+@emulated
+def test_silu_times_up_from_halves_of_one_tensor() -> None:
+    torch.manual_seed(5)
+    scheme, layout = SCHEMES["w4a4"], cases.random_layout(512, 128, permuted=False, signed=False, hadamard=True)
+    both = torch.randn(3, 1024, dtype=torch.bfloat16)
+    gate, up = both[:, :512], both[:, 512:]
+    operand, _, row = run(gate, scheme, layout, "silu_mul", up)
+    expected = torch.nn.functional.silu(gate) * up
+    torch.testing.assert_close(row, expected, rtol=2**-7, atol=1e-30)
+    cases.assert_equal(operand, cases.reference(row, scheme, layout), "s8")
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_compiles_without_spills(arch: str) -> None:
+    formats = (SCHEMES["w4a8"], SCHEMES["w4a4"], SCHEMES["atom-paper"], SCHEMES["nvfp4"])
+    for scheme, tokens, channels in zip(formats, (1, 4096, 64, 4096), (4096, 11008, 53248, 28672), strict=True):
+        how = quantization.plan(
+            tokens, channels, channels - scheme.outliers, torch.bfloat16, scheme.activations, "add_norm", "s8", torch.uint16, True, True
+        )  # fmt: skip
+        resources = compile_source(quantization.SOURCE, arch, how.defines).resources[quantization.ENTRY]
+        assert resources.spill_bytes == 0
+        assert resources.registers * how.threads <= 65536
+
+
+def test_what_the_kernel_can_not_read_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="float64"):
+        quantization.check(torch.zeros(2, 8, dtype=torch.float64), None, None, 8)
+    with pytest.raises(UnsupportedError, match="not contiguous"):
+        quantization.check(torch.zeros(8, 2).T, None, None, 8)
+    with pytest.raises(UnsupportedError, match="beside x"):
+        quantization.check(torch.zeros(2, 8), torch.zeros(2, 4), None, 8)
+    assert "256" in (quantization.why_not(cases.scheme_of(ActivationFormat("int4", 256, "fp16"), 0, False), 512) or "")
+    assert quantization.why_not(SCHEMES["w4a4"], 28672) is None

@@ -1,0 +1,128 @@
+"""A wrong command line, recipe or model is one sentence, one hint and an exit code: never a traceback."""
+
+import json
+
+import pytest
+
+from atomcli.cli import doctor
+
+
+@pytest.fixture
+def bad_recipe(tmp_path):
+    """Writes recipe text and answers its path."""
+
+    def write(text: str) -> str:
+        path = tmp_path / "bad.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("unknown-command", ["quantise"]),
+        ("unknown-option", ["quantize", "demo", "--bitz", "4"]),
+        ("missing-argument", ["quantize"]),
+        ("missing-subcommand", ["eval"]),
+        ("bits-5", ["quantize", "demo", "--bits", "5"]),
+        ("group-100", ["quantize", "demo", "--group", "100"]),
+        ("rounding", ["quantize", "demo", "--rounding", "up"]),
+        ("clip", ["quantize", "demo", "--clip", "7"]),
+        ("unknown-recipe", ["quantize", "demo", "--recipe", "atom-w4a5"]),
+        ("convention", ["eval", "ppl", "demo", "--convention", "character"]),
+        ("device", ["eval", "ppl", "demo", "--device", "gpu"]),
+    ],
+)
+def test_wrong_usage_exits_2(name, arguments, atom, snapshot):
+    outcome = atom(*arguments)
+    assert outcome.code == 2
+    assert outcome.out == ""
+    snapshot(outcome, f"error-{name}")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("key", "weights: {fromat: int4}"),
+        ("value", "weights: {format: int3}"),
+        ("section", "weigths: {format: int4}"),
+        ("disagreement", "weights: {group: 64}\nactivations: {group: 128}"),
+        ("list", "- weights"),
+    ],
+)
+def test_wrong_recipe_exits_2(name, text, bad_recipe, atom, snapshot):
+    outcome = atom("recipes", "validate", bad_recipe(text))
+    assert outcome.code == 2
+    snapshot(outcome, f"recipe-{name}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["quantize", "demo", "--bits", "four"], ["--bits"]),
+        (["quantize", "demo", "--samples", "0"], ["calibration.samples is 0"]),
+        (["recipes", "validate", "samples: many"], ["samples is 'many'"]),
+        (["recipes", "validate", "{"], ["bad.yaml can't be read"]),
+    ],
+)
+def test_messages_with_words_of_other_libraries(arguments, words, bad_recipe, atom):
+    if arguments[0] == "recipes":
+        text = {"samples: many": "calibration: {samples: many}"}.get(arguments[2], arguments[2])
+        arguments = [*arguments[:2], bad_recipe(text)]
+    outcome = atom(*arguments)
+    assert outcome.code == 2
+    assert all(word in outcome.err for word in words)
+
+
+@pytest.mark.parametrize("command", [["quantize"], ["eval", "ppl"], ["calibrate"]], ids=" ".join)
+def test_missing_model_exits_1(command, atom, tmp_path, snapshot):
+    outcome = atom(*command, tmp_path / "nowhere")
+    assert outcome.code == 1
+    snapshot(outcome, "-".join(["missing-model", *command]))
+
+
+def test_missing_checkpoint(atom, tmp_path, snapshot):
+    snapshot(atom("inspect", tmp_path / "nowhere"), "missing-checkpoint")
+
+
+def test_occupied_output_exits_2_before_anything_is_read(atom, tmp_path, snapshot):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("irreplaceable")
+    snapshot(atom("quantize", tmp_path / "nowhere", "-o", out), "occupied-output")
+    assert (out / "thesis.txt").read_text() == "irreplaceable"
+
+
+def test_json_errors_are_one_document_on_stdout(atom):
+    for arguments in (["quantise"], ["quantize", "demo", "--bits", "5"], ["recipes", "show", "nope"]):
+        outcome = atom("--json", *arguments)
+        assert outcome.code == 2
+        error = json.loads(outcome.out)["error"]
+        assert set(error) == {"kind", "what", "hint"}
+        assert error["what"] in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "words"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (RuntimeError("the moon is full\nsecond line"), 1, "RuntimeError: the moon is full"),
+        (MemoryError(), 1, "MemoryError"),
+    ],
+)
+def test_whatever_happens_ends_in_a_sentence(raised, code, words, atom, monkeypatch, tmp_path):
+    monkeypatch.setenv("ATOM_CACHE", str(tmp_path))
+
+    def fail():
+        raise raised
+
+    monkeypatch.setattr(doctor, "_software", fail)
+    outcome = atom("doctor")
+    assert outcome.code == code
+    assert words in outcome.err
+    assert "Traceback" not in outcome.err
+    if code == 1:
+        assert "Traceback" in next((tmp_path / "logs").glob("*-crash-*.log")).read_text()
+        assert "Traceback" in atom("doctor", "--debug").err

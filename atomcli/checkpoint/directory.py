@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from atomcli.checkpoint.digests import combined_digest
-from atomcli.checkpoint.files import copy_file, first_line, read_json, unreadable, write_json
+from atomcli.checkpoint.files import copy_file, one_line, read_json, unreadable, write_json
 from atomcli.checkpoint.source import Source
 from atomcli.checkpoint.tensorfile import TensorFile
 from atomcli.errors import InputError, UnsupportedError
@@ -119,7 +119,7 @@ def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
         return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
         raise InputError(
-            f"The tokenizer in {path} can't be loaded: {first_line(error)}", "Copy the tokenizer files again."
+            f"The tokenizer in {path} can't be loaded: {one_line(error)}", "Copy the tokenizer files again."
         ) from error
 
 
@@ -158,6 +158,7 @@ def refuse_quantized(path: Path, config: dict[str, Any]) -> None:
 
 def parse_config(path: Path, raw: dict[str, Any]) -> "PreTrainedConfig":
     """The transformers config of a directory; UnsupportedError when transformers doesn't know the model type."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING
 
     model_type = raw.get("model_type")
@@ -170,9 +171,9 @@ def parse_config(path: Path, raw: dict[str, Any]) -> "PreTrainedConfig":
         )
     try:
         config = CONFIG_MAPPING[model_type].from_dict(raw)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+    except (StrictDataclassError, TypeError, ValueError, KeyError, AttributeError) as error:
         raise InputError(
-            f"{path / CONFIG} is not a valid {model_type} config: {first_line(error)}", "Copy config.json again."
+            f"{path / CONFIG} is not a valid {model_type} config: {one_line(error)}", "Copy config.json again."
         ) from error
     config._name_or_path = str(path)
     return config

@@ -29,7 +29,7 @@ def read_json(path: Path, missing_ok: bool = False) -> dict[str, Any]:
             return {}
         raise unreadable(path, error) from error
     except ValueError as error:
-        raise InputError(f"{path} is not valid JSON: {first_line(error)}", "Copy the file again.") from error
+        raise InputError(f"{path} is not valid JSON: {one_line(error)}", "Copy the file again.") from error
     if not isinstance(value, dict):
         raise InputError(f"{path} holds {type(value).__name__}, not a JSON object", "Copy the file again.")
     return value
@@ -90,6 +90,6 @@ def disk_full(path: Path, total: int, missing: int) -> RunError:
     )
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, to be quoted inside a sentence."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+def one_line(error: BaseException) -> str:
+    """An error's message on one line, to be quoted inside a sentence."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:300].rstrip(".")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from atomcli.checkpoint.digests import combined_digest
 from atomcli.checkpoint.directory import COMPANIONS, CONFIG, load_tokenizer
-from atomcli.checkpoint.files import copy_file, first_line, unreadable, write_json
+from atomcli.checkpoint.files import copy_file, one_line, unreadable, write_json
 from atomcli.checkpoint.gguf_config import build_config
 from atomcli.checkpoint.gguf_names import ROPE_FACTORS, Placed, place_tensors
 from atomcli.checkpoint.source import Source
@@ -162,7 +162,7 @@ def _open(path: Path) -> "GGUFReader":
     # The parser trusts the file; what damage makes it stumble over depends on where the damage is.
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
         raise InputError(
-            f"{path} is not a GGUF file, or it is truncated or damaged ({type(error).__name__}: {first_line(error)})",
+            f"{path} is not a GGUF file, or it is truncated or damaged ({type(error).__name__}: {one_line(error)})",
             "Download the file again.",
         ) from error
     if reader.byte_order != "I":
@@ -214,7 +214,7 @@ def _convert_tokenizer(file: Path, metadata: dict[str, Any], config: "PreTrained
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
     except (ValueError, KeyError, OSError, NotImplementedError, TypeError) as error:
         raise InputError(
-            f"The tokenizer in {file} can't be converted: {first_line(error)}", "Use the model's safetensors."
+            f"The tokenizer in {file} can't be converted: {one_line(error)}", "Use the model's safetensors."
         ) from error
     for role, key in (("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown"), ("pad_token", "padding")):
         token = metadata.get(f"tokenizer.ggml.{key}_token_id")

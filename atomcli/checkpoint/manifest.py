@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from atomcli.checkpoint.digests import sha256_file
-from atomcli.checkpoint.directory import COMPANIONS, CONFIG
+from atomcli.checkpoint.directory import COMPANIONS, CONFIG, INDEX
 from atomcli.checkpoint.files import read_json
 from atomcli.errors import InputError
 
@@ -80,10 +80,10 @@ class Manifest:
 
 
 def make_manifest(directory: Path, shards: Iterable[ShardRecord]) -> Manifest:
-    """The manifest of a directory: the given shards, and config and tokenizer files as they lie there now."""
+    """The manifest of a directory: the given shards, and config, index and tokenizer files as they lie there now."""
     files = {
         name: FileRecord((directory / name).stat().st_size, sha256_file(directory / name))
-        for name in (CONFIG, *COMPANIONS)
+        for name in (CONFIG, INDEX, *COMPANIONS)
         if (directory / name).is_file()
     }
     return Manifest({shard.file: shard for shard in shards}, files)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from atomcli.checkpoint.digests import sha256_file
-from atomcli.checkpoint.directory import CONFIG, INDEX, load_config_json, parse_config
+from atomcli.checkpoint.directory import CONFIG, INDEX, MODEL_DTYPES, load_config_json, parse_config
 from atomcli.checkpoint.files import read_json
 from atomcli.checkpoint.manifest import JOURNAL, Manifest, ShardRecord, read_manifest, read_report
 from atomcli.checkpoint.tensorfile import DTYPE_NAMES, TensorFile
@@ -115,9 +115,6 @@ def verify_checkpoint(path: Path | str) -> Manifest:
             raise InputError(f"{path / name} is not the file that was written: its SHA-256 differs", _AGAIN)
     for shard in manifest.shards.values():
         _verify_shard(path, shard, manifest)
-    weight_map = {name: shard.file for shard in manifest.shards.values() for name in shard.tensors}
-    if read_json(path / INDEX).get("weight_map") != weight_map:
-        raise InputError(f"{path / INDEX} doesn't place the tensors as the manifest does", _AGAIN)
     tensors = {name: record for shard in manifest.shards.values() for name, record in shard.tensors.items()}
     found = {name: (record.dtype, record.shape) for name, record in tensors.items()}
     _verify_linears(path, _quantization(path, load_config_json(path)), found)
@@ -166,15 +163,19 @@ def _verify_linears(path: Path, quantization: dict[str, Any], found: Mapping[str
                 raise InputError(
                     f"Tensor {name} {state}; scheme {spec['scheme']} needs {dtype} {list(tensor.shape)}", _AGAIN
                 )
-        for suffix, dtypes in (("permutation", _PERMUTATION), ("signs", (torch.int8,))):
+        for suffix, dtypes, size in (
+            ("permutation", _PERMUTATION, columns),
+            ("signs", (torch.int8,), columns),
+            ("bias", MODEL_DTYPES, rows),
+        ):
             name = f"{linear}.{suffix}"
-            allowed = [(DTYPE_NAMES[dtype], (columns,)) for dtype in dtypes]
-            if name in found and found[name] not in allowed:
-                raise InputError(
-                    f"Tensor {name} is {found[name][0]} {list(found[name][1])}; "
-                    f"needed is {' or '.join(dtype for dtype, _ in allowed)} [{columns}]",
-                    _AGAIN,
-                )
+            if bool(spec.get(suffix, False)) != (name in found):
+                state, said = ("is there", "lacks") if name in found else ("is missing", "names")
+                raise InputError(f"Tensor {name} {state}, but its entry in quantization_config {said} it", _AGAIN)
+            allowed = [DTYPE_NAMES[dtype] for dtype in dtypes]
+            if name in found and (found[name][0] not in allowed or found[name][1] != (size,)):
+                is_now = f"{found[name][0]} {list(found[name][1])}"
+                raise InputError(f"Tensor {name} is {is_now}; needed is {' or '.join(allowed)} [{size}]", _AGAIN)
 
 
 def _scheme(path: Path, quantization: dict[str, Any], linear: str) -> Scheme:

@@ -28,6 +28,6 @@ def describe(config: PreTrainedConfig) -> Family:
     known = ", ".join(name for family in FAMILIES for name in family.architectures)
     raise UnsupportedError(
         f"atom has no description of {' or '.join(architectures) or config.model_type}; it knows {known}",
-        "A description (atomcli/models/*.py, about ten lines) names the transformers decoder layer, which of its linears "
-        "have biases, whether queries and keys are normalized, its sliding window, and how its experts lie on disk.",
+        "A description (atomcli/models/*.py, ten lines) names transformers' decoder layer, which of its linears have "
+        "biases, whether queries and keys are normalized, its sliding window, and how its experts lie on disk.",
     )

@@ -28,10 +28,14 @@ class Attention(nn.Module):
     """
 
     is_causal = True
+    q_proj: nn.Linear | QuantLinear
+    k_proj: nn.Linear | QuantLinear
+    v_proj: nn.Linear | QuantLinear
+    o_proj: nn.Linear | QuantLinear
 
-    def __init__(self, original: nn.Module, kv: KVFormat) -> None:
+    def __init__(self, original: Any, kv: KVFormat) -> None:
         super().__init__()
-        self.config, self.layer_idx = original.config, original.layer_idx
+        self.config, self.layer_idx = original.config, int(original.layer_idx)
         self.head_dim, self.scaling = int(original.head_dim), float(original.scaling)
         self.num_key_value_groups = int(original.num_key_value_groups)
         self.attention_dropout = float(original.attention_dropout)
@@ -144,7 +148,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos.unsqueeze(1) + torch.cat([-high, low], dim=-1) * sin.unsqueeze(1)
 
 
-def _project(linear: nn.Module, x: Tensor, add_bias: bool) -> Tensor:
+def _project(linear: nn.Linear | QuantLinear, x: Tensor, add_bias: bool) -> Tensor:
     if add_bias or linear.bias is None:
         return linear(x)
     if isinstance(linear, QuantLinear):

@@ -80,7 +80,7 @@ class QuantizedKVLayer(DynamicLayer):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store (batch, heads, tokens, head_dim) vectors; `rotation` (cos, sin) of the new tokens where it is needed."""
+        """Store (batch, heads, tokens, head_dim) vectors; `rotation` is (cos, sin) of the new tokens, where needed."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         rotation = kwargs.get("rotation")
@@ -216,10 +216,12 @@ def quantized_layer(cache: Cache, index: int, kv: KVFormat) -> QuantizedKVLayer 
     A growing layer that is still empty is replaced: the caches that transformers makes by default, in `generate` and
     in a plain forward, become quantized ones without being asked for.
     """
-    if getattr(cache, "layer_class_to_replicate", None) is DynamicLayer:
+    replicated: Any = getattr(cache, "layer_class_to_replicate", None)
+    if replicated is DynamicLayer:
         while len(cache.layers) <= index:
             cache.layers.append(DynamicLayer())
-    layer = cache.layers[index]
+    layer: Any = cache.layers[index]
+    quantized: Any
     if isinstance(layer, QuantizedKVLayer):
         return layer
     if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.is_initialized:
@@ -227,12 +229,12 @@ def quantized_layer(cache: Cache, index: int, kv: KVFormat) -> QuantizedKVLayer 
     owner = next((other for other in cache.layers if isinstance(other, QuantizedKVLayer)), None)
     rotations = Rotations() if owner is None else owner.rotations
     if isinstance(layer, DynamicSlidingWindowLayer):
-        sliding = QuantizedSlidingKVLayer(kv, rotations, owner is None, int(layer.sliding_window))
-        sliding.record_past = getattr(layer, "record_past", False)
-        cache.layers[index] = sliding
+        quantized = QuantizedSlidingKVLayer(kv, rotations, owner is None, int(layer.sliding_window))
+        quantized.record_past = getattr(layer, "record_past", False)
     else:
-        cache.layers[index] = QuantizedKVLayer(kv, rotations, owner is None)
-    return cache.layers[index]
+        quantized = QuantizedKVLayer(kv, rotations, owner is None)
+    cache.layers[index] = quantized
+    return quantized
 
 
 def cache_bytes(cache: Cache) -> int:

@@ -56,7 +56,7 @@ def empty_block(family: Family, config: PreTrainedConfig, index: int, kv: KVForm
     return adapt_block(layer, kv)
 
 
-def adapt_block(layer: nn.Module, kv: KVFormat) -> nn.Module:
+def adapt_block(layer: Any, kv: KVFormat) -> nn.Module:
     """Put our attention and experts into one of transformers' decoder layers that still lies on the meta device."""
     layer.self_attn = Attention(layer.self_attn, kv)
     fused = getattr(layer.mlp, "experts", None)
@@ -199,9 +199,7 @@ def finish_quantized(model: PreTrainedModel) -> PreTrainedModel:
     """Prepare a loaded checkpoint to run: sites share their quantized input, small models keep unpacked weights."""
     for parent in model.model.layers.modules():
         for kinds in _SHARED_INPUTS:
-            linears = [getattr(parent, kind, None) for kind in kinds]
-            if all(isinstance(linear, nn.Module) for linear in linears):
-                share_inputs(linears)
+            share_inputs([getattr(parent, kind) for kind in kinds if hasattr(parent, kind)])
     keep_dequantized_weights(model, KEEP_DEQUANTIZED_BYTES)
     return model.eval()
 

@@ -1,5 +1,7 @@
 """Experts as separate linears, so that each can be quantized; routing is transformers' own."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +24,7 @@ class Experts(nn.ModuleList):
     """The experts of one block, in place of transformers' fused tensors; called as those are."""
 
     @classmethod
-    def replacing(cls, fused: nn.Module) -> "Experts":
+    def replacing(cls, fused: Any) -> "Experts":
         """Empty experts of the number, sizes and activation of transformers' fused module, on the meta device."""
         count, width, hidden = fused.num_experts, fused.intermediate_dim, fused.hidden_dim
         return cls(Expert(hidden, width, fused.act_fn, "meta") for _ in range(count))

@@ -1,6 +1,6 @@
 """Linear layers whose weights are stored in a scheme and whose inputs are quantized as they arrive."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -54,6 +54,10 @@ class QuantLinear(nn.Module):
     `observer` gets the input the product sees, (tokens, in_features) fp32 in the layout's order and basis.
     `keep_dequantized` trades memory (fp32 weight) for the time to unpack the weight at each call.
     """
+
+    permutation: Tensor | None
+    signs: Tensor | None
+    bias: Tensor | None
 
     def __init__(
         self,
@@ -118,7 +122,11 @@ class QuantLinear(nn.Module):
 
     @classmethod
     def from_entry(
-        cls, entry: dict[str, Any], schemes: dict[str, Scheme], dtype: torch.dtype, device: torch.device | str | None
+        cls,
+        entry: Mapping[str, Any],
+        schemes: Mapping[str, Scheme],
+        dtype: torch.dtype,
+        device: torch.device | str | None,
     ) -> "QuantLinear":
         """The empty layer that an entry of quantization_config["linears"] describes (see `entry`)."""
         scheme = schemes[entry["scheme"]]

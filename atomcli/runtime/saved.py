@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from atomcli.errors import AtomError, InputError
 from atomcli.formats.scheme import KVFormat, Scheme
@@ -75,7 +75,7 @@ class Plan:
 
 
 def checkpoint_files(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint directory, by its index or the single file; InputError if one is missing."""
+    """The safetensors files of a checkpoint directory, by its index if it has one; InputError if one is missing."""
     index = directory / "model.safetensors.index.json"
     if index.exists():
         try:
@@ -99,7 +99,7 @@ def read_tensors(files: Sequence[Path]) -> dict[str, Tensor]:
     return tensors
 
 
-def check_tensors(model: nn.Module, files: Sequence[Path | str]) -> None:
+def check_tensors(model: PreTrainedModel, files: Sequence[Path | str]) -> None:
     """Compare the tensors of a checkpoint with those of the model it is to be loaded into, by their headers alone.
 
     Raises InputError naming a tensor that is missing, left over, misshapen or of the wrong dtype.

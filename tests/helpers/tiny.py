@@ -112,7 +112,7 @@ def random_layout_tensors(scheme: Scheme, in_features: int, seed: int) -> tuple[
 
 
 def quantized_block(source: Any, index: int, scheme: Scheme, kv: KVFormat, skip: tuple[str, ...] = ()) -> Any:
-    """A block whose linears (but those named in `skip`) are rounded to nearest; the linears of a site share a layout."""
+    """A block whose linears, but those in `skip`, are rounded to nearest; the linears of a site share a layout."""
     config = source.config
     family = describe(config)
     block = read_block(family, index, source, kv)

@@ -1,0 +1,182 @@
+"""Attention over a quantized cache: the same numbers with and without one, and really 4 bits in it."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import StaticCache
+from transformers.cache_utils import DynamicCache
+
+from atomcli.errors import UnsupportedError
+from atomcli.formats.kv import quantize_kv
+from atomcli.formats.scheme import KVFormat
+from atomcli.runtime import decoder
+from atomcli.runtime.cache import QuantizedKVLayer, cache_bytes
+from tests.helpers.tiny import NAMES, random_parent, random_tokens
+
+FORMATS = {
+    "paper": KVFormat("int4", "before_rope", False, False),
+    "before_rope_bias_free": KVFormat("int4", "before_rope", False, True),
+    "after_rope": KVFormat("int4", "after_rope", False, False),
+    "product": KVFormat("int4", "after_rope", True, True),
+    "int8": KVFormat("int8", "after_rope", True, True),
+}
+
+
+def model_with(name: str, kv: KVFormat, **overrides: Any) -> Any:
+    """In fp64, where the different sums of one and of many tokens don't push numbers over a rounding boundary."""
+    return decoder.load_parent(random_parent(name, dtype=torch.float64, **overrides)[1], kv)
+
+
+def cached_tail(model: Any, tokens: torch.Tensor, head: int, cache: Any) -> torch.Tensor:
+    """Logits of tokens[:, head:], one token at a time after a prefill of `head`."""
+    out = [model(tokens[:, :head], past_key_values=cache, use_cache=True).logits[:, -1:]]
+    for position in range(head, tokens.shape[1]):
+        out.append(model(tokens[:, position : position + 1], past_key_values=cache, use_cache=True).logits)
+    return torch.cat(out, dim=1)
+
+
+@pytest.mark.parametrize("kv", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("name", ["llama_biased", "qwen2", "qwen3", "mistral"])
+def test_cache_changes_nothing(name: str, kv: KVFormat) -> None:
+    model = model_with(name, kv)
+    tokens = random_tokens(2, 14)
+    with torch.no_grad():
+        expected = model(tokens, use_cache=False).logits[:, 4:]
+        cache = DynamicCache(config=model.config)
+        logits = cached_tail(model, tokens, 5, cache)
+    assert all(isinstance(layer, QuantizedKVLayer) for layer in cache.layers)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_other_caches_get_the_same_values() -> None:
+    model = model_with("qwen2", FORMATS["before_rope_bias_free"], use_sliding_window=False)
+    tokens = random_tokens(2, 12)
+    with torch.no_grad():
+        expected = model(tokens, use_cache=False).logits[:, 4:]
+        static = StaticCache(config=model.config, max_cache_len=32)
+        torch.testing.assert_close(cached_tail(model, tokens, 5, static), expected, rtol=1e-4, atol=1e-4)
+        lazy = DynamicCache()
+        torch.testing.assert_close(cached_tail(model, tokens, 5, lazy), expected, rtol=1e-4, atol=1e-4)
+    assert isinstance(lazy.layers[1], QuantizedKVLayer)
+
+
+def test_int8_is_close_to_the_parent_and_int4_less_so() -> None:
+    own, source = random_parent("llama_biased")
+    tokens = random_tokens()
+    errors = {}
+    with torch.no_grad():
+        expected = own(tokens).logits
+        for name, kv in FORMATS.items():
+            logits = decoder.load_parent(source, kv)(tokens).logits
+            errors[name] = ((logits - expected).norm() / expected.norm()).item()
+    assert errors["int8"] < 0.01
+    assert all(errors["int8"] < errors[name] < 0.3 for name in errors if name != "int8")
+
+
+def test_cache_holds_four_bits() -> None:
+    model = model_with("llama_biased", FORMATS["product"])
+    with torch.no_grad():
+        cache = model(random_tokens(3, 11), use_cache=True).past_key_values
+    heads, dim, layers = 2, 20, 2
+    vectors = 2 * layers * 3 * 11 * heads
+    rotations = 2 * 11 * (dim // 2) * 8
+    assert cache_bytes(cache) == vectors * (dim // 2 + 2 + 2) + rotations
+    layer = cache.layers[1]
+    assert layer.keys.dtype == torch.uint8
+    assert layer.keys.shape == (3, heads, 11, dim // 2)
+    assert layer.rotations is cache.layers[0].rotations
+
+
+def test_bias_free_storage_matters_where_biases_are_large() -> None:
+    """A key bias far above the keys eats the 4-bit range; stored without it, nothing is lost."""
+    own, source = random_parent("qwen2", use_sliding_window=False)
+    for name, tensor in source.tensors.items():
+        if name.endswith("k_proj.bias"):
+            tensor.copy_(torch.randn(tensor.shape) * 30)
+            own.get_submodule(name.removesuffix(".bias")).bias.data.copy_(tensor)
+    tokens = random_tokens()
+    with torch.no_grad():
+        expected = own(tokens).logits
+
+        def error(kv: KVFormat) -> float:
+            return ((decoder.load_parent(source, kv)(tokens).logits - expected).norm() / expected.norm()).item()
+
+        assert error(FORMATS["product"]) < 0.3 * error(FORMATS["after_rope"])
+
+
+def test_hadamard_over_a_bias_is_refused() -> None:
+    kv = KVFormat("int4", "after_rope", True, False)
+    _, source = random_parent("qwen2")
+    with pytest.raises(UnsupportedError, match="still contain their projection bias"):
+        decoder.load_parent(source, kv)
+    _, plain = random_parent("llama")
+    decoder.load_parent(plain, kv)
+    _, normed = random_parent("qwen3", attention_bias=True)
+    with pytest.raises(UnsupportedError, match="normalized after their bias"):
+        decoder.load_parent(normed, FORMATS["product"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_generate_uses_the_quantized_cache_by_default(name: str) -> None:
+    model = model_with(name, FORMATS["product"])
+    tokens = random_tokens(2, 7)
+    options: dict[str, Any] = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 6, "do_sample": False}
+    out = model.generate(tokens, return_dict_in_generate=True, **options)
+    assert all(isinstance(layer, QuantizedKVLayer) for layer in out.past_key_values.layers)
+    assert torch.equal(out.sequences, model.generate(tokens, use_cache=False, **options))
+
+
+@pytest.mark.parametrize("kv", [FORMATS["product"], FORMATS["paper"]], ids=["product", "paper"])
+def test_beam_search_reorders_the_cache(kv: KVFormat) -> None:
+    model = model_with("llama_biased", kv)
+    short, long = random_tokens(1, 5, seed=1), random_tokens(1, 8, seed=2)
+    batch = torch.cat([torch.cat([torch.zeros(1, 3, dtype=torch.long), short], dim=1), long])
+    mask = (batch != 0).long()
+    options: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "num_beams": 3}
+    with_cache = model.generate(batch, **options)
+    assert torch.equal(with_cache, model.generate(batch, use_cache=False, **options))
+
+
+def test_cropping_and_selecting_follow_the_tokens() -> None:
+    model = model_with("llama_biased", FORMATS["paper"])
+    tokens = random_tokens(3, 12)
+    with torch.no_grad():
+        expected = model(tokens, use_cache=False).logits[1:, 9:]
+        cache = DynamicCache(config=model.config)
+        model(tokens, past_key_values=cache, use_cache=True)
+        cache.crop(-4)
+        cache.batch_select_indices(torch.tensor([1, 2]))
+        assert cache.get_seq_length() == 8
+        logits = cached_tail(model, tokens[1:, 8:], 2, cache)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert cache_bytes(cache) == 0
+
+
+def test_a_sliding_layer_frees_what_no_query_sees() -> None:
+    model = model_with("mistral", FORMATS["product"])
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(random_tokens(1, 20), past_key_values=cache, use_cache=True)
+    assert cache.layers[0].keys.shape[2] == model.config.sliding_window - 1
+    assert cache.get_seq_length() == 20
+    with pytest.raises(RuntimeError, match="can't be cropped"):
+        cache.crop(-1)
+
+
+def test_stored_values_are_those_of_the_format() -> None:
+    model = model_with("llama", KVFormat("int4", "after_rope", False, True))
+    attention = model.model.layers[0].self_attn
+    tokens = random_tokens(1, 6)
+    seen: list[torch.Tensor] = []
+    attention.v_proj.register_forward_hook(lambda module, args, out: seen.append(out))
+    with torch.no_grad():
+        cache = model(tokens, use_cache=True).past_key_values
+    value = seen[0].view(1, 6, 2, 24).transpose(1, 2)
+    codes, scale, minimum = quantize_kv(value, "int4")
+    layer = cache.layers[0]
+    assert torch.equal(layer.values, codes)
+    assert torch.equal(layer.value_scale, scale)
+    assert torch.equal(layer.value_minimum, minimum)

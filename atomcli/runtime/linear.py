@@ -16,6 +16,8 @@ from atomcli.kernels import reference
 Kernel = Callable[["QuantLinear", Tensor, bool], Tensor]
 """A product on some device: (linear, x (..., in_features), add_bias) -> y (..., out_features) in x's dtype."""
 
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
 
 def permutation_dtype(in_features: int) -> torch.dtype:
     """Dtype in which a permutation of `in_features` channels is stored."""
@@ -182,6 +184,22 @@ class QuantLinear(nn.Module):
     def forward(self, x: Tensor, add_bias: bool = True) -> Tensor:
         """x (..., in_features) -> (..., out_features) in x's dtype; without the bias when `add_bias` is False."""
         return pick_kernel(self, x)(self, x, add_bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantLinear":
+        # A cast of the model (model.half()) must not touch the scales, whose dtype is part of the format: `fn` sees
+        # them as integers, which it moves and never casts.
+        scales = {
+            name: tensor.dtype
+            for name, tensor in self._buffers.items()
+            if tensor is not None and tensor.is_floating_point() and name not in ("weight", "bias")
+        }
+        for name, dtype in scales.items():
+            self._buffers[name] = getattr(self, name).view(_INTEGERS[dtype.itemsize])
+        super()._apply(fn, recurse)
+        for name, dtype in scales.items():
+            self._buffers[name] = getattr(self, name).view(dtype)
+        self._dequantized = None
+        return self
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.scheme.name}"

@@ -125,3 +125,16 @@ def test_a_layout_of_another_scheme_is_refused() -> None:
         QuantLinear.from_weight(linear.weight_tensors, InputLayout(80, 16, 64, hadamard=True))
     with pytest.raises(UsageError, match="is not that of scheme"):
         QuantLinear.from_weight(linear.weight_tensors, InputLayout(80, 8, 128, hadamard=True))
+
+
+@pytest.mark.parametrize("name", ["w4a4", "nvfp4", "atom-paper"])
+def test_casting_the_model_leaves_the_format_alone(name: str) -> None:
+    shipped = SCHEMES[name]
+    linear = random_linear(Scheme(shipped.weights, shipped.activations, 16, shipped.transform))
+    before = {key: tensor.clone() for key, tensor in linear.state_dict().items()}
+    nn.Sequential(linear).half().to(torch.bfloat16)
+    after = linear.state_dict()
+    assert after["bias"].dtype == torch.bfloat16
+    for key in before.keys() - {"bias"}:
+        assert after[key].dtype == before[key].dtype
+        assert torch.equal(after[key].view(torch.uint8), before[key].view(torch.uint8))

@@ -306,7 +306,7 @@ def override(
         for section in ("weights", "activations"):
             if data[section]["group"] is not None:
                 data[section]["group"] = group
-    changes = {
+    changes: dict[str, dict[str, Any]] = {
         "outliers": {"channels": outliers},
         "kv_cache": {"format": kv_cache},
         "weights": {"rounding": rounding, "clip": clip},

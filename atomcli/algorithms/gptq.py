@@ -97,8 +97,14 @@ def _join(stored: list[Tensor]) -> Tensor:
 
 
 def relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
-    """Output error of `quantized` (N, K) relative to the output of `weight`: tr(dW H dW^T) / tr(W H W^T)."""
-    difference = quantized - weight
-    lost = ((difference @ hessian) * difference).sum(dtype=torch.float64)
-    whole = ((weight @ hessian) * weight).sum(dtype=torch.float64)
-    return float(lost / whole) if float(whole) > 0 else 0.0
+    """Output error of `quantized` (N, K) relative to the output of `weight`: tr(dW H dW^T) / tr(W H W^T).
+
+    hessian (K, K), or its diagonal (K,) where nothing more is known.
+    """
+
+    def output(matrix: Tensor) -> Tensor:
+        product = matrix @ hessian if hessian.ndim == 2 else matrix * hessian
+        return (product * matrix).sum(dtype=torch.float64)
+
+    whole = output(weight)
+    return float(output(quantized - weight) / whole) if float(whole) > 0 else 0.0

@@ -1,0 +1,147 @@
+"""The proof at the end: the files, read back, compute what the compress road computed.
+
+A few short sequences run beside the calibration stream through the parent and through the quantized blocks. Their
+divergence is the expected one; the written checkpoint is then opened again, block by block, and must reproduce it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+
+from atomcli.checkpoint.tensorfile import TensorFile
+from atomcli.checkpoint.verify import verify_checkpoint
+from atomcli.checkpoint.writer import shard_file
+from atomcli.errors import RunError
+from atomcli.models.tensors import block_name
+from atomcli.pipeline.model import Walk
+from atomcli.pipeline.stream import Stream, run
+from atomcli.runtime.decoder import embed, empty_block, empty_model, logits, quantize_linear
+from atomcli.runtime.linear import QuantLinear
+from atomcli.runtime.saved import Plan
+
+SEQUENCES = 2
+TOKENS = 256
+# Rows of logits that are compared at a time: vocabularies are large.
+_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """KL(parent ‖ checkpoint) in nats, the mean over `tokens` tokens, and how often the top token is the same."""
+
+    kld: float
+    agreement: float
+    tokens: int
+
+
+def check_tokens(tokens: Tensor) -> Tensor:
+    """The tokens that the proof runs on: the beginnings of the first calibration sequences."""
+    return tokens[:SEQUENCES, :TOKENS]
+
+
+def divergence(model: PreTrainedModel, parent: Stream, checkpoint: Stream, device: torch.device) -> Divergence:
+    """The divergence of two streams after the last block; `model` has the final norm and the head."""
+    total, agreeing, count = 0.0, 0, 0
+    with torch.inference_mode():
+        for ours, theirs in zip(checkpoint.chunks(1), parent.chunks(1), strict=True):
+            for ours_rows, theirs_rows in zip(ours[0].split(_ROWS), theirs[0].split(_ROWS), strict=True):
+                q = _log_probabilities(model, ours_rows.to(device))
+                p = _log_probabilities(model, theirs_rows.to(device))
+                total += float((p.exp() * (p - q)).sum())
+                agreeing += int((p.argmax(-1) == q.argmax(-1)).sum())
+                count += p.shape[0]
+    if not total == total or total in (float("inf"), float("-inf")):
+        raise RunError("the divergence of the checkpoint from its parent is not finite", "Nothing was published.")
+    return Divergence(total / count, agreeing / count, count)
+
+
+def verify(
+    directory: Path, walk: Walk, tokens: Tensor, parent: Stream, road: Stream, expected: Divergence
+) -> Divergence:
+    """Open the finished files in `directory` again and run them; RunError when they don't compute what the road did.
+
+    Every tensor is checked against the manifest, then the blocks are loaded one at a time as the run road loads them.
+    On the CPU the hidden states after the last block must be equal bit for bit, and with them the logits.
+    """
+    verify_checkpoint(directory)
+    config = AutoConfig.from_pretrained(directory)
+    plan = Plan.of(config)
+    outer = empty_model(walk.family, config)
+    _load(
+        outer,
+        _shard(directory, None),
+        tied=config.tie_word_embeddings,
+    )
+    outer.to(walk.device)
+    before: list[Tensor] = []
+    with torch.inference_mode():
+        before = [embed(outer, sequence[None].to(walk.device)) for sequence in tokens]
+        for index in range(walk.blocks):
+            block = _reopened_block(directory, plan, walk, index).to(walk.device)
+            before = [walk.forward(block, index, hidden) for hidden in before]
+    reopened = Stream(road.path.with_name("reopened.stream"), road.shape, road.dtype)
+    reopened.write(iter(before), "the reopened checkpoint")
+    try:
+        found = divergence(outer, parent, reopened, walk.device)
+        same = all(torch.equal(a, b) for a, b in zip(reopened.chunks(1), road.chunks(1), strict=True))
+    finally:
+        reopened.path.unlink(missing_ok=True)
+    exact = walk.device.type == "cpu"
+    if (exact and not (same and found == expected)) or abs(found.kld - expected.kld) > 1e-3 * max(expected.kld, 1e-3):
+        raise RunError(
+            f"the checkpoint read back from {directory} computes something else than what was compressed: "
+            f"KLD {found.kld:.6g} instead of {expected.kld:.6g}",
+            "It is not published. Check the disk and the memory of this machine, then run the same command again.",
+        )
+    return found
+
+
+def advance(walk: Walk, block: nn.Module, index: int, before: Stream, after: Stream) -> None:
+    """Run one block over a stream a sequence at a time, as the proof does."""
+    outputs: Iterator[Tensor] = run(before, 1, lambda chunk: walk.forward(block, index, chunk))
+    after.write(outputs, block_name(index))
+
+
+def _log_probabilities(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    return torch.log_softmax(logits(model, hidden).double(), dim=-1)
+
+
+def _reopened_block(directory: Path, plan: Plan, walk: Walk, index: int) -> nn.Module:
+    block = empty_block(walk.family, walk.config, index, plan.kv_cache)
+    prefix = f"{block_name(index)}."
+    for name, entry in plan.linears.items():
+        if name.startswith(prefix):
+            linear = QuantLinear.from_entry(dict(entry), dict(plan.schemes), walk.source.dtype, "meta")
+            block.set_submodule(name.removeprefix(prefix), linear)
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in _shard(directory, index).items()}
+    _load(block, tensors)
+    # Sites share their quantized input only after their tensors are there to be compared.
+    for name in plan.linears:
+        if name.startswith(prefix):
+            relative = name.removeprefix(prefix)
+            module = block.get_submodule(relative)
+            assert isinstance(module, QuantLinear)
+            quantize_linear(block, relative, module)
+    return block
+
+
+def _shard(directory: Path, index: int | None) -> dict[str, Tensor]:
+    file = TensorFile(directory / shard_file(index))
+    return {name: file.read(name) for name in file.entries}
+
+
+def _load(module: nn.Module, tensors: dict[str, Tensor], tied: bool = False) -> None:
+    expected = set(module.state_dict())
+    if tied:
+        tensors = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}
+    wrong = sorted(expected ^ set(tensors))
+    if wrong:
+        raise RunError(f"the finished checkpoint lacks {wrong[0]}, or has no place for it", "It is not published.")
+    module.load_state_dict(tensors, strict=True, assign=True)
+    module.requires_grad_(False)

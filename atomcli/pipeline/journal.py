@@ -1,0 +1,124 @@
+"""How a run resumes: a journal of finished steps, published by one atomic rename after each.
+
+A run works in a directory of its own. Whatever a step makes (a shard, statistics, the hidden states after a block) is
+written and synced under its final name first; only then does the journal that mentions it replace the journal that
+doesn't. A crash therefore loses the step it interrupts and nothing else, and files that the journal doesn't mention
+mean nothing.
+
+The journal begins with the run's identity: everything its result depends on (model, recipe, tokens, versions). A run
+continues only under the same identity; otherwise the difference is said.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from atomcli.checkpoint.files import read_json, write_error, write_json
+from atomcli.checkpoint.manifest import JOURNAL
+from atomcli.errors import InputError, UsageError
+
+LOCK = "lock"
+_VERSION = 1
+_LOG = logging.getLogger("atomcli")
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Hold `directory`, which is created, for this process alone; UsageError when another process holds it.
+
+    The lock dies with the process, also by kill -9.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        handle = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise write_error(directory, error, 0, 0) from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UsageError(
+                f"another atom is working in {directory}", "wait until it is done, or choose another output with -o"
+            ) from error
+        yield
+    finally:
+        os.close(handle)
+
+
+class Journal:
+    """The finished steps of one run, in order, each with the plain data that a later step or the report needs."""
+
+    def __init__(self, directory: Path, identity: dict[str, Any], steps: list[dict[str, Any]]) -> None:
+        self.directory, self.identity, self.steps = directory, identity, steps
+
+    @classmethod
+    def open(cls, directory: Path, identity: Mapping[str, Any], restart: bool = False) -> Journal:
+        """The journal in `directory`, or a new one; call it inside `locked`.
+
+        Raises UsageError, saying what changed, when the directory holds a run of another identity; with `restart` such
+        a run is thrown away instead.
+        """
+        wanted = json.loads(json.dumps(identity))
+        path = directory / JOURNAL
+        if path.exists():
+            data = read_json(path)
+            if data.get("version") == _VERSION and data.get("identity") == wanted:
+                steps = data.get("steps")
+                if not isinstance(steps, list):
+                    raise InputError(f"{path} is damaged: it has no list of steps", f"delete {directory} and run again")
+                return cls(directory, wanted, steps)
+            changed = "; ".join(differences(data.get("identity", {}), wanted)) or "the journal's version changed"
+            if not restart:
+                raise UsageError(
+                    f"{directory} holds an unfinished run that was started differently: {changed}",
+                    "repeat the command it was started with to continue it, or delete the directory to start over",
+                )
+            _LOG.warning("starting over in %s: %s", directory, changed)
+        clear(directory)
+        journal = cls(directory, wanted, [])
+        journal._write()
+        return journal
+
+    def publish(self, step: Mapping[str, Any]) -> None:
+        """Record a finished step, whose files are on disk by now."""
+        self.steps.append(dict(step))
+        self._write()
+
+    def _write(self) -> None:
+        write_json(self.directory / JOURNAL, {"version": _VERSION, "identity": self.identity, "steps": self.steps})
+
+
+def clear(directory: Path) -> None:
+    """Empty a run's directory, but for the lock that this process holds."""
+    for path in directory.iterdir():
+        if path.name == LOCK:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def differences(old: Any, new: Any, key: str = "") -> list[str]:
+    """What changed between two pieces of plain data, a phrase for each value: `weights.clip was 0.85, now 0.9`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found: list[str] = []
+        for name in sorted(old.keys() | new.keys()):
+            found += differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
+        return found
+    return [] if old == new else [f"{key} was {_short(old)}, now {_short(new)}"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    if isinstance(value, str) and len(value) == 64:
+        return f"{value[:12]}…"
+    return text if len(text) <= 60 else f"{text[:57]}…"

@@ -1,0 +1,88 @@
+"""A model walked block by block: what the stages share about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from atomcli.errors import UnsupportedError
+from atomcli.models.block import Family
+from atomcli.models.registry import describe
+from atomcli.models.tensors import account, block_name, block_shapes, block_tensors
+from atomcli.pipeline.stream import chunk_sequences
+from atomcli.runtime.decoder import block_arguments, empty_model
+
+if TYPE_CHECKING:
+    from atomcli.checkpoint.source import Source
+
+
+@dataclass(frozen=True)
+class Walk:
+    """A source, its family, and the device its blocks are brought to one after the other."""
+
+    source: Source
+    family: Family
+    frame: PreTrainedModel
+    device: torch.device
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The parent's config."""
+        return self.source.config
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks."""
+        return int(self.config.num_hidden_layers)
+
+    def read(self, index: int) -> dict[str, Tensor]:
+        """The tensors of one block on the device, by their names in the block."""
+        names = block_tensors(self.family, self.config, index)
+        return {name: self.source.read(disk).to(self.device) for name, disk in names.items()}
+
+    def forward(self, block: nn.Module, index: int, hidden: Tensor) -> Tensor:
+        """Block `index` on hidden (sequences, tokens, hidden); the result stays on the device."""
+        hidden = hidden.to(self.device)
+        output = block(hidden, **block_arguments(self.frame, self.family, index, hidden))
+        return output[0] if isinstance(output, tuple) else output
+
+    def in_features(self, index: int, linear: str) -> int:
+        """Input channels of a linear, named relative to its block."""
+        return block_shapes(self.family, self.config, index)[f"{linear}.weight"][1]
+
+    def sequences_at_once(self, tokens: int) -> int:
+        """How many sequences of `tokens` go through a block at a time; depends on the model only."""
+        shapes = block_shapes(self.family, self.config, 0).values()
+        return chunk_sequences(tokens, max(max(shape) for shape in shapes))
+
+
+def start_walk(source: Source, device: torch.device | str | None = None) -> Walk:
+    """Begin a walk: the architecture is known and every tensor of the source is accounted for, or an error says why.
+
+    `device` None takes a GPU where there is one. Raises UnsupportedError and InputError.
+    """
+    family = describe(source.config)
+    account(family, source.config, source.names(), source.shape)
+    target = choose_device(device)
+    frame = empty_model(family, source.config)
+    frame.model.rotary_emb.to(target)
+    return Walk(source, family, frame, target)
+
+
+def choose_device(device: torch.device | str | None) -> torch.device:
+    """The device to work on; UnsupportedError when it isn't there."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise UnsupportedError("the device cuda was asked for, and torch sees no GPU", "use --device cpu")
+    return chosen
+
+
+def full_name(index: int, linear: str) -> str:
+    """A linear's name in the model, from its name in block `index`."""
+    return f"{block_name(index)}.{linear}"

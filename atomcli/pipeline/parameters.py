@@ -1,0 +1,252 @@
+"""Stage 3, quantization parameters: from one block's weights and inputs to its quantized linears.
+
+The order of the channels comes from the calibration artifact. The Hessians come from the quantized stream: the block
+runs once with its weights in full precision, but already in their layouts and with quantized activations, on what the
+quantized blocks before it put out. GPTQ (or rounding) then makes each linear's codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from atomcli.algorithms.gptq import error_factor, gptq, relative_error
+from atomcli.algorithms.outliers import energy_permutation, fold_into_heads, input_layout, needs_order
+from atomcli.algorithms.rounding import round_to_nearest, unrounded
+from atomcli.errors import RunError
+from atomcli.formats.layout import InputLayout
+from atomcli.formats.scheme import Scheme, WeightFormat
+from atomcli.formats.weights import QuantizedWeight
+from atomcli.pipeline.calibrate import Statistics
+from atomcli.pipeline.model import Walk, full_name
+from atomcli.pipeline.select import Plan
+from atomcli.recipe import Recipe
+from atomcli.runtime.decoder import quantize_linear
+from atomcli.runtime.linear import QuantLinear
+
+
+@dataclass(frozen=True)
+class Target:
+    """Linears that read the same input and are quantized alike: a site, or the part of it that is one expert's."""
+
+    site: str
+    expert: int | None
+    linears: tuple[str, ...]
+    scheme: Scheme
+    layout: InputLayout
+    energy: Tensor
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one linear: its name in the block, its relative output error and the tokens it was judged on."""
+
+    linear: str
+    error: float
+    tokens: int
+
+
+def fold(
+    tensors: Mapping[str, Tensor], walk: Walk, index: int, plan: Plan, statistics: Mapping[str, Statistics]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Move input permutations into the rows of the linears before, where the family says so and the heads allow it.
+
+    Returns the block's tensors, which compute the same as before, and the energies by site, in the new order.
+    """
+    tensors = dict(tensors)
+    energies = {site: found.energy for site, found in statistics.items()}
+    sites = {site.name: site for site in walk.family.sites(walk.config, index)}
+    for each in walk.family.folds(walk.config, index):
+        site = sites[each.site]
+        scheme = plan.of_site(index, site)
+        if scheme is None or not needs_order(scheme):
+            continue
+        permutation = energy_permutation(energies[each.site])
+        rows: Tensor | None = permutation
+        if each.within_heads:
+            rows = fold_into_heads(permutation, walk.config.num_attention_heads, walk.config.num_key_value_heads)
+        if rows is None:
+            continue
+        for expert in range(walk.family.expert_count(walk.config, index) if site.expert else 1):
+            for producer in (name.format(expert=expert) for name in each.into):
+                for name in (f"{producer}.weight", f"{producer}.bias"):
+                    if name in tensors:
+                        tensors[name] = tensors[name][rows.to(tensors[name].device)]
+            for reader in site.of_expert(expert):
+                name = f"{reader}.weight"
+                tensors[name] = tensors[name].index_select(1, permutation.to(tensors[name].device))
+        energies[each.site] = energies[each.site][permutation]
+    return tensors, energies
+
+
+def targets(walk: Walk, index: int, plan: Plan, energies: Mapping[str, Tensor]) -> list[Target]:
+    """The quantized linears of a block, grouped by the input they share."""
+    found: list[Target] = []
+    for site in walk.family.sites(walk.config, index):
+        scheme = plan.of_site(index, site)
+        if scheme is None:
+            continue
+        energy = energies[site.name].to(walk.device)
+        layout = input_layout(energy, scheme)
+        if layout.permutation is not None and _is_identity(layout.permutation):
+            layout.permutation = None
+        if site.expert:
+            for expert in range(walk.family.expert_count(walk.config, index)):
+                found.append(Target(site.name, expert, site.of_expert(expert), scheme, layout, energy))
+        else:
+            found.append(Target(site.name, None, site.linears, scheme, layout, energy))
+    return found
+
+
+class Hessian:
+    """Accumulates H = 2 X^T X / n over the tokens (n, K) that a linear's product sees."""
+
+    def __init__(self, channels: int, device: torch.device) -> None:
+        self.total = torch.zeros(channels, channels, dtype=torch.float32, device=device)
+        self.tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        """Tokens (n, K) fp32."""
+        if x.shape[0]:
+            self.total.addmm_(x.t(), x)
+            self.tokens += x.shape[0]
+
+    def mean(self) -> Tensor:
+        """The Hessian (K, K), zero when no token was seen."""
+        return self.total * (2 / max(1, self.tokens))
+
+
+@contextmanager
+def watched(block: nn.Module, targets: list[Target], device: torch.device) -> Iterator[list[Hessian]]:
+    """Let `block` run with full-precision weights and quantized activations, and collect a Hessian for each target.
+
+    Afterwards the block has its own linears back.
+    """
+    originals: dict[str, nn.Module] = {}
+    hessians: list[Hessian] = []
+    handles = []
+    try:
+        for target in targets:
+            hessian = Hessian(target.layout.in_features, device)
+            hessians.append(hessian)
+            first = block.get_submodule(target.linears[0])
+            if target.scheme.activations.element == "float":
+                handles.append(first.register_forward_pre_hook(_transformed(hessian, target.layout)))
+                continue
+            scheme = replace(target.scheme, weights=WeightFormat("float"))
+            for name in target.linears:
+                linear = _linear(block, name)
+                originals[name] = linear
+                weight = unrounded(target.layout.apply(linear.weight), scheme, linear.weight.dtype)
+                quantize_linear(block, name, QuantLinear.from_weight(weight, target.layout, linear.bias))
+            observed = block.get_submodule(target.linears[0])
+            assert isinstance(observed, QuantLinear)
+            observed.observer = hessian.add
+        yield hessians
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name, original in originals.items():
+            block.set_submodule(name, original)
+
+
+def quantize_block(
+    block: nn.Module, index: int, targets: list[Target], hessians: list[Hessian] | None, recipe: Recipe
+) -> list[Outcome]:
+    """Replace the linears of all targets by quantized ones; `hessians` belong to the targets, and None means RTN.
+
+    Without Hessians the channels' energies take their place: the diagonal of a Hessian whose channels are unrelated.
+    Raises RunError naming the linear whose numbers are not finite.
+    """
+    outcomes: list[Outcome] = []
+    pooled = _pooled(targets, hessians) if hessians is not None else {}
+    for position, target in enumerate(targets):
+        tokens = hessians[position].tokens if hessians is not None else 0
+        hessian = factor = None
+        if hessians is not None:
+            hessian = _enough(hessians[position], pooled.get(target.site))
+            # Nobody needs this sum again, and a block's Hessians weigh more than its weights.
+            hessians[position].total = torch.empty(0)
+            importance = hessian.diagonal().clone()
+        else:
+            importance = _spread_energy(target)
+        for name in target.linears:
+            linear = _linear(block, name)
+            weight = target.layout.apply(linear.weight)
+            if target.scheme.weights.element == "float":
+                quantized = unrounded(weight, target.scheme, linear.weight.dtype)
+            elif hessian is not None:
+                try:
+                    factor = error_factor(hessian) if factor is None else factor
+                except RunError as failed:
+                    raise RunError(f"{full_name(index, name)}: {failed.what}", failed.hint) from failed
+                quantized = gptq(weight, factor, importance, target.scheme, recipe.weights.clip)
+            else:
+                quantized = round_to_nearest(weight, importance, target.scheme, recipe.weights.clip)
+            _check_finite(quantized, full_name(index, name))
+            error = relative_error(weight, quantized.dequantize(), importance if hessian is None else hessian)
+            outcomes.append(Outcome(name, error, tokens))
+            quantize_linear(block, name, QuantLinear.from_weight(quantized, target.layout, linear.bias))
+    return outcomes
+
+
+def _pooled(targets: list[Target], hessians: list[Hessian]) -> dict[str, Tensor]:
+    """The mean Hessian over all experts of a site, for experts that saw too few tokens; {} for dense blocks."""
+    sums: dict[str, Tensor] = {}
+    tokens: dict[str, int] = {}
+    for target, hessian in zip(targets, hessians, strict=True):
+        if target.expert is not None:
+            held = sums.get(target.site)
+            sums[target.site] = hessian.total.clone() if held is None else held.add_(hessian.total)
+            tokens[target.site] = tokens.get(target.site, 0) + hessian.tokens
+    return {site: total * (2 / max(1, tokens[site])) for site, total in sums.items()}
+
+
+def _enough(hessian: Hessian, pooled: Tensor | None) -> Tensor:
+    """An expert's own Hessian, mixed with that of all experts where it saw fewer tokens than it has channels."""
+    channels = hessian.total.shape[0]
+    if pooled is None or hessian.tokens >= channels:
+        return hessian.mean()
+    own = hessian.tokens / channels
+    return hessian.mean() * own + pooled * (1 - own)
+
+
+def _spread_energy(target: Target) -> Tensor:
+    """The energy of each channel of the layout (K,) fp32; a Hadamard spreads a block's energy evenly over it."""
+    energy = target.energy.float()
+    if target.layout.permutation is not None:
+        energy = energy[target.layout.permutation]
+    if target.layout.hadamard:
+        parts = energy.split(target.layout.block_sizes)
+        energy = torch.cat([part.mean().expand_as(part) for part in parts])
+    return energy
+
+
+def _transformed(hessian: Hessian, layout: InputLayout) -> Callable[..., None]:
+    def watch(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        hessian.add(layout.apply(arguments[0].reshape(-1, layout.in_features)))
+
+    return watch
+
+
+def _linear(block: nn.Module, name: str) -> nn.Linear:
+    linear = block.get_submodule(name)
+    assert isinstance(linear, nn.Linear), f"{name} is no linear in full precision"
+    return linear
+
+
+def _is_identity(permutation: Tensor) -> bool:
+    return bool((permutation == torch.arange(permutation.shape[0], device=permutation.device)).all())
+
+
+def _check_finite(weight: QuantizedWeight, name: str) -> None:
+    for suffix, tensor in weight.tensors().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+            raise RunError(
+                f"{name}.{suffix} holds NaN or Inf after quantization",
+                "The weights are too large for the scale's dtype, or damaged; keep this linear by a rule.",
+            )

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from atomcli.errors import InputError, UsageError
+from atomcli.evaluation.scoring import Progress
 
 SEED = 1234
 
@@ -50,18 +51,15 @@ def run_tasks(
     limit: int | None = None,
     batch_size: int = 1,
     max_length: int = 2048,
+    progress: Progress | None = None,
 ) -> list[TaskResult]:
     """Results of a loaded causal LM on tasks (JSON lines files, YAML files or lm-eval's names), then their average.
 
-    `limit` takes the first questions of each task. Raises InputError for a bad file and for a name lm-eval lacks.
+    `limit` takes the first questions of each task; `progress` counts answers (a question has one per choice). Raises
+    InputError for a bad file and for a name lm-eval lacks.
     """
-    from lm_eval.models.huggingface import HFLM
-
-    specs = [task_spec(task) for task in tasks]  # before the wrapper is built: a bad file costs nothing
-    context = getattr(model.config, "max_position_embeddings", None) or max_length
-    with _quiet_lm_eval():
-        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=min(max_length, context))
-    return evaluate(lm, specs, limit)
+    specs = [task_spec(task) for task in tasks]  # before the model is wrapped: a bad file costs nothing
+    return evaluate(_language_model(model, tokenizer, batch_size, max_length, progress), specs, limit)
 
 
 def evaluate(lm: Any, specs: Sequence[str | dict[str, Any]], limit: int | None = None) -> list[TaskResult]:
@@ -317,14 +315,43 @@ def _check_names(names: Sequence[str], known: Sequence[str]) -> None:
             )
 
 
+def _language_model(model: Any, tokenizer: Any, batch_size: int, max_length: int, progress: Progress | None) -> Any:
+    """lm_eval's wrapper of a transformers model, with our progress instead of its bars."""
+    from lm_eval.models.huggingface import HFLM
+
+    class ReportingModel(HFLM):
+        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+            """In portions, large enough that sorting by length within one still makes full batches."""
+            portion = 32 * batch_size
+            answers: list[tuple[float, bool]] = []
+            for start in range(0, len(requests), portion):
+                answers += super().loglikelihood(requests[start : start + portion], disable_tqdm=True)
+                if progress is not None:
+                    progress(len(answers), len(requests))
+            return answers
+
+    context = getattr(model.config, "max_position_embeddings", None) or max_length
+    with _quiet_lm_eval():
+        return ReportingModel(
+            pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=min(max_length, context)
+        )
+
+
 @contextlib.contextmanager
 def _quiet_lm_eval() -> Iterator[None]:
-    """Hold back lm_eval's advice to its own command line's users, and its prints from stdout."""
+    """Hold back lm_eval's advice to its own command line's users, its bars, and its prints from stdout."""
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    def without_bar(self: Any, *arguments: Any, **options: Any) -> None:
+        start(self, *arguments, **{**options, "disable": True})
+
     logger = logging.getLogger("lm_eval")
-    level = logger.level
+    level, start = logger.level, tqdm.__init__
     logger.setLevel(logging.ERROR)
+    tqdm.__init__ = without_bar
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield
     finally:
+        tqdm.__init__ = start
         logger.setLevel(level)

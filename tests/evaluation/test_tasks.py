@@ -136,8 +136,29 @@ def test_missing_file_unknown_name_and_doubles(tmp_path: Path) -> None:
         evaluate(Oracle(None), [file_task(path)], limit=0)
 
 
-def test_a_real_model_runs_them(tmp_path: Path, tiny_model: Any, word_tokenizer: Any) -> None:
-    path = write(tmp_path / "one.jsonl", [{"query": "w1 w2", "choices": ["w3", "w4 w5"], "gold": 1}] * 3)
-    rows = run_tasks(tiny_model, word_tokenizer, [str(path)], limit=2)
+def test_a_real_model_runs_them_quietly(
+    tmp_path: Path, tiny_model: Any, word_tokenizer: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "one.jsonl", [{"query": "w1 w2", "choices": ["w3", "w4 w5"], "gold": 1}] * 40)
+    calls: list[tuple[int, int]] = []
+    rows = run_tasks(
+        tiny_model, word_tokenizer, [str(path)], limit=20, progress=lambda done, total: calls.append((done, total))
+    )
     assert {row.metric for row in rows} == {"acc", "acc_norm"}
-    assert all(row.examples == 2 for row in rows)
+    assert all(row.examples == 20 for row in rows)
+    assert calls == [(32, 40), (40, 40)]
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert "it/s" not in captured.err
+
+
+def test_a_real_models_choice_is_the_likelier_one(tmp_path: Path, tiny_model: Any, word_tokenizer: Any) -> None:
+    import torch
+
+    with torch.no_grad():
+        logits = tiny_model(torch.tensor([word_tokenizer("w1 w2")["input_ids"]])).logits[0, -1]
+    likely, unlikely = (f"w{int(index) - 1}" for index in (logits[1:].argmax() + 1, logits[1:].argmin() + 1))
+    questions = [{"query": "w1 w2", "choices": [unlikely, likely], "gold": gold} for gold in (1, 1, 1, 0)]
+    path = write(tmp_path / "one.jsonl", questions)
+    rows = by_metric(run_tasks(tiny_model, word_tokenizer, [str(path)]))
+    assert rows["one", "acc"].value == 0.75

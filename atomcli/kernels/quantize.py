@@ -33,9 +33,10 @@ Container = Literal["s8", "e4m3", "nibble"]
 class Operand(NamedTuple):
     """What the GEMM reads: T tokens padded to T_pad, channels cut into k-blocks of 128, body first, outliers after.
 
-    codes: uint8 (body k-blocks, T_pad, 128), or 64 for nibbles, chunks of 16 bytes swizzled by the row. outlier_codes:
-    int8 (outlier k-blocks, T_pad, 128). token_scale, outlier_scale: fp32 (T_pad,). group_scales: (G_pad, T_pad) in their
-    stored dtype, G_pad the groups of whole k-blocks; empty where the format has none. Padding rows are zero.
+    codes: uint8 (k-blocks, T_pad, 128), 16-byte chunks of a row swizzled by its number. Nibbles: (body k-blocks, T_pad, 64),
+    and the outliers apart, in outlier_codes (outlier k-blocks, T_pad, 128), which is empty otherwise. token_scale,
+    outlier_scale: fp32 (T_pad,). group_scales: (G_pad, T_pad) in their stored dtype, G_pad the groups of whole k-blocks;
+    empty where the format has none. Padding rows are zero.
     """
 
     codes: Tensor
@@ -249,6 +250,8 @@ def launch(
         tokens, channels, body, x.dtype, format, prologue, container, None if table is None else table.dtype, hadamard, aligned
     )
     padded = token_scale.shape[0]
+    if container != "nibble":
+        outlier_codes = codes[-(-body // BLOCK) :]
     load(how).launch(
         padded, how.threads, x, other, weight, table, total, row if want_row else None, codes, outlier_codes, token_scale,
         outlier_scale, group_scales, tokens, padded, channels, body, x.stride(0), 0 if other is None else other.stride(0),
@@ -288,9 +291,12 @@ def allocate(
     padded = -(-tokens // row_multiple) * row_multiple
     body_blocks, outlier_blocks = -(-body // BLOCK), -(-(channels - body) // BLOCK)
     groups = group_count(body_blocks * BLOCK, format.group) if format.scale in GROUP_SCALE_DTYPES else 0
+    if container == "nibble":
+        shapes = ((body_blocks, padded, BLOCK // 2), (outlier_blocks, padded, BLOCK))
+    else:
+        shapes = ((body_blocks + outlier_blocks, padded, BLOCK), (0, padded, BLOCK))
     return (
-        x.new_empty((body_blocks, padded, BLOCK // 2 if container == "nibble" else BLOCK), dtype=torch.uint8),
-        x.new_empty((outlier_blocks, padded, BLOCK), dtype=torch.int8),
+        *(x.new_empty(shape, dtype=torch.uint8) for shape in shapes),
         x.new_empty((padded,), dtype=torch.float32),
         x.new_empty((padded,), dtype=torch.float32),
         x.new_empty((groups, padded), dtype=GROUP_SCALE_DTYPES.get(format.scale, torch.float16)),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from atomcli.errors import InputError
+from atomcli.errors import InputError, UnsupportedError
 from atomcli.formats.scheme import KVFormat
 from atomcli.models.block import Family
 from atomcli.models.registry import describe
@@ -166,9 +166,20 @@ def load_parent(source: TensorSource, kv_format: KVFormat = FLOAT_CACHE) -> PreT
 def quantize_skeleton(model: PreTrainedModel, plan: saved.Plan, dtype: torch.dtype) -> None:
     """Give a model on the meta device the modules of a checkpoint: attention, experts and empty quantized linears.
 
-    Raises InputError when the plan names a linear that the model doesn't have.
+    Raises InputError when the plan names a linear that the model doesn't have, UnsupportedError for a model that is
+    not a causal language model of a known family, or that is to attend by other means than torch's SDPA.
     """
-    model.config._attn_implementation = "sdpa"
+    describe(model.config)
+    if not isinstance(getattr(getattr(model, "model", None), "layers", None), nn.ModuleList):
+        raise UnsupportedError(
+            f"An atom checkpoint is a causal language model; it can't be loaded as {type(model).__name__}",
+            "Load it with AutoModelForCausalLM.",
+        )
+    if model.config._attn_implementation != "sdpa":
+        raise UnsupportedError(
+            f"atom's attention runs on torch's SDPA, not on attn_implementation={model.config._attn_implementation!r}",
+            "Leave attn_implementation out.",
+        )
     for layer in model.model.layers:
         adapt_block(layer, plan.kv_cache)
     for name, entry in plan.linears.items():

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 import atomcli
-from atomcli.errors import InputError
+from atomcli.errors import InputError, UnsupportedError
 from atomcli.formats.scheme import ActivationFormat, KVFormat, Scheme, WeightFormat
 from atomcli.runtime import decoder
 from atomcli.runtime.cache import QuantizedKVLayer
@@ -92,10 +92,29 @@ def test_damage_is_an_error_not_a_warning(tmp_path: Path) -> None:
             AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
+def test_what_atom_cannot_load_is_said(tmp_path: Path) -> None:
+    _, source = random_parent("llama")
+    write_checkpoint(tmp_path / "out", source, SCHEME, KV)
+    with pytest.raises(UnsupportedError, match="can't be loaded as LlamaModel"):
+        AutoModel.from_pretrained(tmp_path / "out")
+    with pytest.raises(UnsupportedError, match="attn_implementation='eager'"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+
+
+def test_a_device_map_is_obeyed(tmp_path: Path) -> None:
+    _, source = random_parent("llama")
+    written = write_checkpoint(tmp_path / "out", source, SCHEME, KV)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", device_map="cpu")
+    with torch.no_grad():
+        assert torch.equal(model(random_tokens()).logits, written(random_tokens()).logits)
+
+
 @pytest.mark.parametrize("order", ["import atomcli, transformers", "import transformers, atomcli"])
 def test_registration_in_either_order(order: str) -> None:
     check = "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as t; assert 'atom' in t"
-    subprocess.run([sys.executable, "-c", f"{order}; import atomcli; {check}"], check=True, timeout=120)
+    looked_up = "import importlib.util; importlib.util.find_spec('transformers.quantizers.auto')"
+    for between in ("pass", looked_up):
+        subprocess.run([sys.executable, "-c", f"{order}; {between}; {check}"], check=True, timeout=120)
 
 
 def test_importing_atomcli_loads_neither_torch_nor_transformers() -> None:

@@ -47,6 +47,33 @@ def test_parent_computes_what_transformers_computes(name: str) -> None:
     assert torch.equal(own.generate(tokens, **options), parent.generate(tokens, **options))
 
 
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "linear", "factor": 4.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8,
+        },
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+def test_scaled_rope(tmp_path: Path, rope: dict[str, Any]) -> None:
+    own, source = random_parent("llama", rope_parameters={"rope_theta": 10000.0} | rope)
+    plain, _ = random_parent("llama")
+    tokens = random_tokens()
+    write_checkpoint(tmp_path / "out", source, SCHEMES["w16a16"], KVFormat("float"))
+    with torch.no_grad():
+        expected = own(tokens).logits
+        assert torch.equal(decoder.load_parent(source)(tokens).logits, expected)
+        torch.testing.assert_close(decoder.load_checkpoint(tmp_path / "out")(tokens).logits, expected)
+        assert not torch.allclose(plain(tokens).logits, expected, atol=1e-3)
+
+
 def test_parent_shares_the_memory_of_its_source() -> None:
     _, source = random_parent("llama")
     parent = decoder.load_parent(source)

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from atomcli.errors import InputError, UnsupportedError
@@ -221,7 +221,7 @@ def load_checkpoint(directory: Path | str) -> PreTrainedModel:
     Raises InputError when a tensor is missing, left over, or of another shape or dtype than the config says.
     """
     directory = Path(directory)
-    config = AutoConfig.from_pretrained(directory)
+    config = saved.read_config(directory)
     plan = saved.Plan.of(config)
     family = describe(config)
     model = empty_model(family, config)

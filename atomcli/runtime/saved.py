@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from atomcli.errors import AtomError, InputError
 from atomcli.formats.scheme import KVFormat, Scheme
@@ -74,6 +74,16 @@ class Plan:
         return cls.from_dict(data)
 
 
+def read_config(directory: Path) -> PreTrainedConfig:
+    """The config of a checkpoint directory; InputError when there is none or it can't be read."""
+    if not (directory / "config.json").is_file():
+        raise InputError(f"{directory} holds no config.json", "Pass the directory that `atom quantize` wrote.")
+    try:
+        return AutoConfig.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{directory / 'config.json'} can't be read: {error}", "The file is damaged.") from error
+
+
 def checkpoint_files(directory: Path) -> list[Path]:
     """The safetensors files of a checkpoint directory, by its index if it has one; InputError if one is missing."""
     index = directory / "model.safetensors.index.json"
@@ -85,7 +95,7 @@ def checkpoint_files(directory: Path) -> list[Path]:
     else:
         names = ["model.safetensors"]
     for name in names:
-        if not (directory / name).is_file():
+        if Path(name).name != name or not (directory / name).is_file():
             raise InputError(f"{directory} lacks the file {name}", "The checkpoint is incomplete.")
     return [directory / name for name in names]
 

@@ -202,4 +202,15 @@ def test_edited_configs_are_refused(tmp_path: Path, change: Any, message: str) -
         decoder.load_checkpoint(tmp_path / "out")
 
 
+def test_unreadable_configs_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"holds no config\.json"):
+        decoder.load_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(InputError, match=r"config\.json can't be read"):
+        decoder.load_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "martian"}')
+    with pytest.raises(InputError, match="martian"):
+        decoder.load_checkpoint(tmp_path)
+
+
 _ENTRY = {"scheme": "all", "in_features": 80, "out_features": 80}

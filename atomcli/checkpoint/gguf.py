@@ -28,7 +28,7 @@ from atomcli.errors import InputError, UnsupportedError
 from atomcli.resources import cache_directory
 
 if TYPE_CHECKING:
-    from gguf import GGUFReader, ReaderTensor
+    from gguf import ReaderTensor
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 log = logging.getLogger("atomcli")
@@ -55,16 +55,39 @@ class GGUFSource(Source):
         self._tensors: dict[str, tuple[Path, ReaderTensor]] = {}
         metadata: dict[str, Any] = {}
         for file in self._files:
-            reader = _open(file)
-            metadata |= {key: field.contents() for key, field in reader.fields.items() if _wanted(key)}
-            self._tensors |= {tensor.name: (file, tensor) for tensor in reader.tensors}
+            found, stored = _open(file)
+            metadata |= found
+            self._tensors |= {tensor.name: (file, tensor) for tensor in stored}
         self._metadata = metadata
-        self.config = build_config(metadata, self._tensors, self._rotary_factors, str(path))
-        config = self.config
+        self.config = config = self._build_config()
         experts = int(getattr(config, "num_local_experts", 0) or getattr(config, "num_experts", 0) or 0)
         self._placed = place_tensors(
             self._tensors, config.model_type, config.num_attention_heads, config.num_key_value_heads, experts
         )
+        for placed in self._placed.values():
+            self._check_shape(placed, experts)
+
+    def _build_config(self) -> "PreTrainedConfig":
+        from huggingface_hub.errors import StrictDataclassError
+
+        try:
+            return build_config(self._metadata, self._tensors, self._rotary_factors, str(self.path))
+        except (StrictDataclassError, TypeError, ValueError, KeyError, ZeroDivisionError, OverflowError) as error:
+            raise InputError(
+                f"The metadata of {self.path} describes no model: {one_line(error)}", "Download the file again."
+            ) from error
+
+    def _check_shape(self, placed: Placed, experts: int) -> None:
+        """What the metadata says about heads and experts must divide the tensors as it claims."""
+        file, stored = self._tensors[placed.tensor]
+        shape = [int(size) for size in reversed(stored.shape)]
+        heads_fit = not placed.heads or shape[0] % (2 * placed.heads) == 0
+        experts_fit = placed.expert is None or (len(shape) > 1 and shape[0] == experts)
+        if not (shape and all(shape) and heads_fit and experts_fit):
+            raise InputError(
+                f"Tensor {placed.tensor} in {file} has shape {shape}, which contradicts the file's own metadata",
+                "Download the file again.",
+            )
 
     def names(self) -> frozenset[str]:
         return frozenset(self._placed)
@@ -152,11 +175,13 @@ def _parts(path: Path) -> list[Path]:
     return parts
 
 
-def _open(path: Path) -> "GGUFReader":
+def _open(path: Path) -> "tuple[dict[str, Any], list[ReaderTensor]]":
+    """The metadata that is needed, and where the tensors lie."""
     from gguf import GGUFReader
 
     try:
         reader = GGUFReader(path)
+        metadata = {key: field.contents() for key, field in reader.fields.items() if _wanted(key)}
     except OSError as error:
         raise unreadable(path, error) from error
     # The parser trusts the file; what damage makes it stumble over depends on where the damage is.
@@ -167,7 +192,7 @@ def _open(path: Path) -> "GGUFReader":
         ) from error
     if reader.byte_order != "I":
         raise UnsupportedError(f"{path} is of the other byte order", "Use a file for this machine.")
-    return reader
+    return metadata, reader.tensors
 
 
 def _dequantize(raw: np.ndarray, stored: "ReaderTensor", shape: tuple[int, ...], file: Path) -> Tensor:

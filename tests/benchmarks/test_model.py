@@ -77,10 +77,35 @@ def test_one_model_at_a_time() -> None:
 
 def test_decodes_every_token_from_the_cache() -> None:
     model = make_model()
-    lengths: list[int] = []
-    model.model.embed_tokens.register_forward_hook(lambda *args: lengths.append(args[1][0].shape[1]))
+    seen: list[tuple[int, int]] = []
+
+    def look(_: nn.Module, __: Any, inputs: dict[str, Any]) -> None:
+        cache = inputs.get("past_key_values")
+        seen.append((inputs["input_ids"].shape[1], 0 if cache is None else cache.get_seq_length()))
+
+    model.register_forward_pre_hook(look, with_kwargs=True)
     generate_once(model, torch.zeros(1, 8, dtype=torch.int64), new_tokens=5)
-    assert lengths == [8] + [1] * 5
+    assert seen == [(8, 0), (1, 8), (1, 9), (1, 10), (1, 11), (1, 12)]
+
+
+def test_a_quantized_cache_is_counted_and_named() -> None:
+    from atomcli.formats.scheme import KVFormat
+    from atomcli.runtime.decoder import adapt_block
+
+    def load() -> Any:
+        model = make_model(torch.bfloat16)
+        for layer in model.model.layers:
+            adapt_block(layer, KVFormat("int4"))
+        return model
+
+    plain, quantized = bench_model(
+        {"plain": lambda: make_model(torch.bfloat16), "int4": load}, [2], [16], new_tokens=2, repeats=1
+    )
+    # per layer, key or value, head and position: 8 numbers of 16 bits, or 8 of 4 bits with an fp16 scale and minimum
+    assert plain.measures["KV cache"].median == 2 * 2 * 2 * 16 * 2 * 16  # type: ignore[union-attr]
+    assert quantized.measures["KV cache"].median == 2 * 2 * 2 * 16 * 2 * 8  # type: ignore[union-attr]
+    assert quantized.note.endswith("attention dequantizes the cache")
+    assert "cache" not in plain.note
 
 
 def test_tied_weights_count_once() -> None:

@@ -90,6 +90,8 @@ def test_chunks_change_nothing(tiny_model: Any, other_model: Any, monkeypatch: p
     chunked = divergence(tiny_model, other_model, ids)
     assert chunked.mean_kld == pytest.approx(whole.mean_kld, rel=1e-6)
     assert chunked.top1_agreement == whole.top1_agreement
+    assert chunked.parent.value == pytest.approx(whole.parent.value, rel=1e-6)
+    assert chunked.checkpoint.value == pytest.approx(whole.checkpoint.value, rel=1e-6)
 
 
 def test_refuses_another_vocabulary(tiny_model: Any, model_maker: Any) -> None:

@@ -13,6 +13,7 @@ import resource
 import shutil
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +41,7 @@ from atomcli.pipeline.calibrate import (
 )
 from atomcli.pipeline.journal import LOCK, Journal, locked
 from atomcli.pipeline.model import Walk, start_walk
-from atomcli.pipeline.parameters import Outcome, fold, quantize_block, targets, watched
+from atomcli.pipeline.parameters import InputsSeen, Outcome, fold, quantize_block, targets, watched
 from atomcli.pipeline.progress import Progress, Silent
 from atomcli.pipeline.select import Plan, select
 from atomcli.pipeline.stream import Stream, run
@@ -184,8 +185,10 @@ class _Road:
             return quantize_block(block, index, found, None, self.recipe)
         with watched(block, found, walk.device) as hessians:
             at_once = walk.sequences_at_once(self.tokens.shape[1])
-            for _ in run(before.calibration, at_once, lambda chunk: walk.forward(block, index, chunk)):
-                pass
+            with torch.inference_mode():
+                for chunk in before.calibration.chunks(at_once):
+                    with suppress(InputsSeen):
+                        walk.forward(block, index, chunk)
         return quantize_block(block, index, found, hessians, self.recipe)
 
     def _embed(self, streams: _Streams) -> None:

@@ -55,9 +55,9 @@ class Walk:
         return block_shapes(self.family, self.config, index)[f"{linear}.weight"][1]
 
     def sequences_at_once(self, tokens: int) -> int:
-        """How many sequences of `tokens` go through a block at a time; depends on the model only."""
+        """How many sequences of `tokens` go through a block at a time; depends on model and device only."""
         shapes = block_shapes(self.family, self.config, 0).values()
-        return chunk_sequences(tokens, max(max(shape) for shape in shapes))
+        return chunk_sequences(tokens, max(max(shape) for shape in shapes), self.device)
 
 
 def start_walk(source: Source, device: torch.device | str | None = None) -> Walk:

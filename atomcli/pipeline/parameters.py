@@ -102,6 +102,10 @@ def targets(walk: Walk, index: int, plan: Plan, energies: Mapping[str, Tensor]) 
     return found
 
 
+# H is symmetric: panels of this many rows are computed up to their own diagonal block, the rest is mirrored.
+_PANEL = 512
+
+
 class Hessian:
     """Accumulates H = 2 X^T X / n over the tokens (n, K) that a linear's product sees."""
 
@@ -111,20 +115,28 @@ class Hessian:
 
     def add(self, x: Tensor) -> None:
         """Tokens (n, K) fp32."""
-        if x.shape[0]:
-            self.total.addmm_(x.t(), x)
-            self.tokens += x.shape[0]
+        if not x.shape[0]:
+            return
+        for start in range(0, x.shape[1], _PANEL):
+            end = min(start + _PANEL, x.shape[1])
+            self.total[start:end, :end].addmm_(x[:, start:end].t(), x[:, :end])
+        self.tokens += x.shape[0]
 
     def mean(self) -> Tensor:
         """The Hessian (K, K), zero when no token was seen."""
-        return self.total * (2 / max(1, self.tokens))
+        lower = self.total.tril() * (2 / max(1, self.tokens))
+        return lower + lower.tril(-1).t()
+
+
+class InputsSeen(Exception):
+    """Every input of a block was seen; what the block would still compute is not needed."""
 
 
 @contextmanager
 def watched(block: nn.Module, targets: list[Target], device: torch.device) -> Iterator[list[Hessian]]:
     """Let `block` run with full-precision weights and quantized activations, and collect a Hessian for each target.
 
-    Afterwards the block has its own linears back.
+    The block raises InputsSeen where it has shown its last input. Afterwards it has its own linears back.
     """
     originals: dict[str, nn.Module] = {}
     hessians: list[Hessian] = []
@@ -134,8 +146,9 @@ def watched(block: nn.Module, targets: list[Target], device: torch.device) -> It
             hessian = Hessian(target.layout.in_features, device)
             hessians.append(hessian)
             first = block.get_submodule(target.linears[0])
+            see = hessian.add if target.site != "down" or target.expert is not None else _last(hessian)
             if target.scheme.activations.element == "float":
-                handles.append(first.register_forward_pre_hook(_transformed(hessian, target.layout)))
+                handles.append(first.register_forward_pre_hook(_transformed(see, target.layout)))
                 continue
             scheme = replace(target.scheme, weights=WeightFormat("float"))
             for name in target.linears:
@@ -145,7 +158,7 @@ def watched(block: nn.Module, targets: list[Target], device: torch.device) -> It
                 quantize_linear(block, name, QuantLinear.from_weight(weight, target.layout, linear.bias))
             observed = block.get_submodule(target.linears[0])
             assert isinstance(observed, QuantLinear)
-            observed.observer = hessian.add
+            observed.observer = see
         yield hessians
     finally:
         for handle in handles:
@@ -196,14 +209,15 @@ def quantize_block(
 
 def _pooled(targets: list[Target], hessians: list[Hessian]) -> dict[str, Tensor]:
     """The mean Hessian over all experts of a site, for experts that saw too few tokens; {} for dense blocks."""
-    sums: dict[str, Tensor] = {}
-    tokens: dict[str, int] = {}
+    sums: dict[str, Hessian] = {}
     for target, hessian in zip(targets, hessians, strict=True):
         if target.expert is not None:
             held = sums.get(target.site)
-            sums[target.site] = hessian.total.clone() if held is None else held.add_(hessian.total)
-            tokens[target.site] = tokens.get(target.site, 0) + hessian.tokens
-    return {site: total * (2 / max(1, tokens[site])) for site, total in sums.items()}
+            if held is None:
+                held = sums[target.site] = Hessian(target.layout.in_features, hessian.total.device)
+            held.total += hessian.total
+            held.tokens += hessian.tokens
+    return {site: held.mean() for site, held in sums.items()}
 
 
 def _enough(hessian: Hessian, pooled: Tensor | None) -> Tensor:
@@ -226,9 +240,17 @@ def _spread_energy(target: Target) -> Tensor:
     return energy
 
 
-def _transformed(hessian: Hessian, layout: InputLayout) -> Callable[..., None]:
+def _last(hessian: Hessian) -> Callable[[Tensor], None]:
+    def see(x: Tensor) -> None:
+        hessian.add(x)
+        raise InputsSeen
+
+    return see
+
+
+def _transformed(see: Callable[[Tensor], None], layout: InputLayout) -> Callable[..., None]:
     def watch(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        hessian.add(layout.apply(arguments[0].reshape(-1, layout.in_features)))
+        see(layout.apply(arguments[0].reshape(-1, layout.in_features)))
 
     return watch
 

@@ -17,8 +17,9 @@ from torch import Tensor
 from atomcli.checkpoint.files import write_error
 from atomcli.errors import InputError, RunError
 
-# Chunks of sequences are so large that the widest activation of a block takes about this much memory in fp32.
-_CHUNK_BYTES = 1 << 26
+# Chunks of sequences are so large that the widest activation of a block takes about this much memory in fp32: on the
+# CPU what malloc reuses without asking the system (twice as fast as 64 MiB), on a GPU enough to fill it.
+_CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}
 
 
 class Stream:
@@ -79,9 +80,9 @@ def check_finite(x: Tensor, where: str) -> None:
         )
 
 
-def chunk_sequences(tokens: int, width: int) -> int:
+def chunk_sequences(tokens: int, width: int, device: torch.device) -> int:
     """How many sequences of `tokens` go through a block at a time, whose widest activation has `width` channels."""
-    return max(1, _CHUNK_BYTES // (4 * tokens * width))
+    return max(1, _CHUNK_BYTES.get(device.type, _CHUNK_BYTES["cpu"]) // (4 * tokens * width))
 
 
 def run(stream: Stream, sequences: int, block: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:

@@ -109,10 +109,12 @@ def _nvrtc():
 
 def _compile(file: str, source: str, headers: Mapping[str, str], options: tuple[str, ...]) -> Program:
     nvrtc = _nvrtc()
-    program = nvrtc.createProgram(source, file, tuple(headers.values()), tuple(headers))
+    texts, names = (tuple(item.encode() for item in items) for items in (headers.values(), headers))
+    program = nvrtc.createProgram(source, file, texts, names)
     try:
         nvrtc.compileProgram(program, options)
-        compiled = Program(nvrtc.getCUBIN(program), nvrtc.getProgramLog(program))
+        # CuPy takes the cubin for a string and drops its last byte, the top byte of an alignment.
+        compiled = Program(nvrtc.getCUBIN(program) + b"\0", nvrtc.getProgramLog(program))
     except nvrtc.NVRTCError as error:
         raise RunError(f"{file} does not compile with {' '.join(options)}:\n{nvrtc.getProgramLog(program)}") from error
     finally:

@@ -1,0 +1,481 @@
+// Y (tokens, rows) = X W^T on integers, for sm_90a: warpgroup MMAs take weights from registers, where they were
+// unpacked, and activations from shared memory, where bulk copies put them.
+//
+// Weights are the A operand: a tile is ROW_GROUPS x 64 output channels by TOKENS tokens. One warp(group) is the
+// producer: it feeds a ring of STAGES, each with STAGE_BLOCKS blocks of 128 channels of both operands. The consumer
+// warpgroups share a stage: ROW_GROUPS of them by rows, times K_GROUPS by blocks. Integers are summed exactly and in
+// any order, so however a tile's channels are split, the result is the same to the last bit.
+//
+// The including file defines what a block of weights is: WEIGHT_BYTES and unpack(fragment, block, thread).
+#pragma once
+#include "load.cuh"
+#include "mma.cuh"
+#include "promote.cuh"
+#include "schedule.cuh"
+#include "store.cuh"
+#include "unpack.cuh"
+
+// TOKENS, ROW_GROUPS, K_GROUPS, STAGES, STAGE_BLOCKS, CLUSTER, BLOCKS_PER_SM and OUTPUT come from the compiler's command line.
+__device__ constexpr int min_of(int a, int b) { return a < b ? a : b; }
+constexpr int WARPGROUP = 128;
+constexpr int CONSUMER_GROUPS = ROW_GROUPS * K_GROUPS;
+constexpr bool LARGE = BLOCKS_PER_SM == 1;  // registers move from a producer warpgroup to the consumers
+constexpr int THREADS = CONSUMER_GROUPS * WARPGROUP + (LARGE ? WARPGROUP : 32);
+constexpr int PRODUCER_REGISTERS = CONSUMER_GROUPS == 4 ? 64 : TOKENS == 256 ? 40 : 72;
+constexpr int CONSUMER_REGISTERS = CONSUMER_GROUPS == 4 ? 104 : TOKENS == 256 ? 232 : 216;
+
+// Where registers allow, a warpgroup unpacks its next block while the MMAs of the last one still read theirs.
+constexpr bool ROOMY = LARGE && CONSUMER_GROUPS <= 2;
+constexpr int FRAGMENTS = ROOMY || TOKENS <= 16 ? 2 : 1;
+
+constexpr int VISITS = STAGE_BLOCKS / K_GROUPS;  // blocks of a stage that one warpgroup multiplies
+static_assert(STAGE_BLOCKS % K_GROUPS == 0 && (VISITS == 1 || VISITS == 2), "a warpgroup takes one or two blocks per stage");
+
+constexpr int OPERAND_BYTES = TOKENS * BLOCK_K;  // activations of one block
+constexpr int STAGE_BYTES = (STAGE_BLOCKS * (OPERAND_BYTES + ROW_GROUPS * WEIGHT_BYTES) + 1023) / 1024 * 1024;
+static_assert(ROW_GROUPS * INT8_BLOCK_BYTES <= STAGE_BYTES, "a stage must hold the outlier weights of the tile");
+constexpr int EXCHANGE_BYTES = (K_GROUPS - 1) * ROW_GROUPS * BLOCK_ROWS * TOKENS * 4;
+// Tokens that are finished together: of the outlier MMA, whose accumulator must fit beside the body's, and of the store.
+constexpr int STORE_TOKENS = min_of(TOKENS, ROOMY ? 32 : 16);
+constexpr int STORE_PITCH = 48;  // 16 channels are 32 bytes; 48 keep stmatrix and the reads back free of bank conflicts
+constexpr int STORE_BYTES = ROW_GROUPS * 4 * STORE_TOKENS * STORE_PITCH;
+constexpr int SHARED_BYTES = 1024 + STAGES * STAGE_BYTES + EXCHANGE_BYTES + STORE_BYTES;  // 1024: to align the ring
+
+
+struct Problem {
+    const uint8* weights;           // [row group of 64][block][WEIGHT_BYTES]
+    const uint8* outlier_weights;   // [row group][INT8_BLOCK_BYTES], or null
+    const uint8* activations;       // [block, the outliers' last][padded_tokens][128], swizzled
+    const float* row_scale;         // [rows]
+    const float* outlier_row_scale;
+    const float* token_scale;       // [padded_tokens]
+    const float* outlier_token_scale;
+    const float* bias;              // [rows], or null
+    uint16* output;                 // [tokens][rows]
+    int4* partials;                 // one tile for each block of the grid
+    int* flags;                     // one for each warp that owns rows, zero between launches
+    int rows, tokens, padded_tokens, blocks, row_tiles, token_tiles, split_tiles;
+
+    INLINE int units() const { return blocks + (outlier_weights ? OUTLIER_UNITS : 0); }
+};
+
+// The producer's and each consumer's place in the ring.
+struct RingPosition {
+    int stage = 0;
+    uint32 parity = 0;
+
+    INLINE void advance() {
+        if (++stage == STAGES) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+struct Ring {
+    uint8* stages;
+    uint64 *full, *empty;
+
+    INLINE uint8* activations(int stage, int block = 0) const { return stages + stage * STAGE_BYTES + block * OPERAND_BYTES; }
+    INLINE uint8* weights(int stage, int row_group, int block) const {
+        return stages + stage * STAGE_BYTES + STAGE_BLOCKS * OPERAND_BYTES + (row_group * STAGE_BLOCKS + block) * WEIGHT_BYTES;
+    }
+    INLINE void wait_full(RingPosition at) const { barrier_wait(full[at.stage], at.parity); }
+    INLINE void wait_empty(RingPosition at) const { barrier_wait(empty[at.stage], at.parity ^ 1); }
+
+    // One arrival per warp at every block of the cluster, since each of them writes this stage in all.
+    INLINE void release(int stage, int lane) const {
+        if (CLUSTER == 1) {
+            if (lane == 0) barrier_arrive(empty[stage]);
+        } else if (lane < CLUSTER) {
+            barrier_arrive_remote(empty[stage], lane);
+        }
+    }
+};
+
+// Where this block stands: its cluster takes CLUSTER neighbouring row tiles of the same tokens.
+struct Place {
+    int rank, cluster, clusters;
+
+    INLINE Place() : rank(CLUSTER > 1 ? cluster_rank() : 0), cluster(blockIdx.x / CLUSTER), clusters(gridDim.x / CLUSTER) {}
+
+    INLINE Schedule schedule(const Problem& problem) const {
+        return Schedule((problem.row_tiles / CLUSTER) * problem.token_tiles, problem.split_tiles, problem.units(), cluster, clusters);
+    }
+    INLINE int row_tile(const Problem& problem, int tile) const { return tile / problem.token_tiles * CLUSTER + rank; }
+    INLINE int first_token(const Problem& problem, int tile) const { return tile % problem.token_tiles * TOKENS; }
+};
+
+// ---------------------------------------------------------------------------------------------------- producer
+
+// The stages a block fills, in order: the body blocks of its segments, then for each tile that it finishes one stage
+// with the outliers' weights (at the stage's start) and one with their activations.
+struct StageWalk {
+    Schedule schedule;
+    int units, body_blocks;
+    Segment segment{0, 0, 0};
+    int next_unit = 0;
+    int first = 0, count = 0;  // this stage's blocks
+
+    INLINE StageWalk(const Problem& problem, const Place& place)
+        : schedule(place.schedule(problem)), units(problem.units()), body_blocks(problem.blocks) {}
+
+    INLINE bool outlier_weights() const { return first == body_blocks; }
+    INLINE bool outlier_activations() const { return first > body_blocks; }
+
+    INLINE bool next() {
+        // Who finishes a tile does the whole outlier block; another's segment ends with its last body block.
+        if (next_unit == (segment.last == units ? units : min(segment.last, body_blocks))) {
+            do {
+                if (!schedule.next(segment)) return false;
+                next_unit = min(segment.first, body_blocks);
+            } while (next_unit == body_blocks && segment.last < units);
+        }
+        first = next_unit;
+        count = first < body_blocks ? min(STAGE_BLOCKS, min(segment.last, body_blocks) - first) : 1;
+        next_unit += count;
+        return true;
+    }
+};
+
+struct Producer {
+    const Problem& problem;
+    const Place place;
+    const Ring ring;
+    const uint64 weight_policy, activation_policy;
+
+    INLINE int tile_tokens(int first_token) const { return min(TOKENS, problem.padded_tokens - first_token); }
+
+    INLINE void load_weights(const StageWalk& walk, int stage) const {
+        const long long row_group = place.row_tile(problem, walk.segment.tile) * ROW_GROUPS;
+        const int operand = walk.count * tile_tokens(place.first_token(problem, walk.segment.tile)) * BLOCK_K;
+        if (walk.outlier_activations()) {
+            barrier_arrive_expecting(ring.full[stage], operand);
+        } else if (walk.outlier_weights()) {
+            constexpr int BYTES = ROW_GROUPS * INT8_BLOCK_BYTES;
+            barrier_arrive_expecting(ring.full[stage], BYTES);
+            bulk_copy(ring.activations(stage), problem.outlier_weights + row_group * INT8_BLOCK_BYTES, BYTES, ring.full[stage],
+                      weight_policy);
+        } else {
+            const int bytes = walk.count * WEIGHT_BYTES;
+            barrier_arrive_expecting(ring.full[stage], ROW_GROUPS * bytes + operand);
+#pragma unroll
+            for (int group = 0; group < ROW_GROUPS; ++group)
+                bulk_copy(ring.weights(stage, group, 0),
+                          problem.weights + ((row_group + group) * problem.blocks + walk.first) * WEIGHT_BYTES, bytes,
+                          ring.full[stage], weight_policy);
+        }
+    }
+
+    INLINE void load_activations(const StageWalk& walk, int stage) const {
+        if (walk.outlier_weights()) return;
+        const int first_token = place.first_token(problem, walk.segment.tile);
+        const int tokens = tile_tokens(first_token);
+        const long long block_bytes = static_cast<long long>(problem.padded_tokens) * BLOCK_K;
+        const int first_block = min(walk.first, problem.blocks);
+        const uint8* source = problem.activations + first_block * block_bytes + first_token * BLOCK_K;
+        if (CLUSTER > 1) {
+            // Each block of the cluster copies its share of the tokens to all of them.
+            constexpr int SHARE = TOKENS / CLUSTER;
+            const int offset = place.rank * SHARE * BLOCK_K, bytes = min(SHARE, tokens - place.rank * SHARE) * BLOCK_K;
+            for (int block = 0; block < walk.count && bytes > 0; ++block)
+                bulk_copy_multicast(ring.activations(stage, block) + offset, source + block * block_bytes + offset, bytes,
+                                    ring.full[stage], (1 << CLUSTER) - 1, activation_policy);
+        } else if (problem.padded_tokens == TOKENS) {  // then blocks follow each other without a gap
+            bulk_copy(ring.activations(stage), source, walk.count * OPERAND_BYTES, ring.full[stage], activation_policy);
+        } else {
+            for (int block = 0; block < walk.count; ++block)
+                bulk_copy(ring.activations(stage, block), source + block * block_bytes, tokens * BLOCK_K, ring.full[stage],
+                          activation_policy);
+        }
+    }
+
+    // Weights do not depend on the previous kernel: the first ring of them is on its way before that has ended.
+    INLINE void run() const {
+        StageWalk ahead(problem, place);
+        int weights_loaded = 0;
+#pragma unroll 1
+        for (; weights_loaded < STAGES && ahead.next(); ++weights_loaded) load_weights(ahead, weights_loaded);
+        wait_for_previous_kernel();
+        StageWalk walk(problem, place);
+        RingPosition at;
+#pragma unroll 1
+        for (int index = 0; walk.next(); ++index, at.advance()) {
+            if (index >= weights_loaded) {
+                ring.wait_empty(at);
+                load_weights(walk, at.stage);
+            }
+            load_activations(walk, at.stage);
+        }
+    }
+};
+
+// ---------------------------------------------------------------------------------------------------- consumers
+
+// What a row's sums are multiplied by, and its bias; rows past the last are zero.
+struct RowFactors {
+    float scale, outlier_scale, bias;
+
+    INLINE RowFactors(const Problem& problem, int row) {
+        const bool inside = row < problem.rows;
+        scale = inside ? problem.row_scale[row] : 0.f;
+        outlier_scale = inside && problem.outlier_weights ? problem.outlier_row_scale[row] : 0.f;
+        bias = inside && problem.bias ? problem.bias[row] : 0.f;
+    }
+};
+
+struct Consumer {
+    const Problem& problem;
+    const Place place;
+    const Ring ring;
+    int4* exchange;    // sums of the other K groups
+    uint8* staging;    // this warp's output on its way from registers to memory
+    const int group, row_group, k_group, thread, warp, lane;
+    RingPosition at;
+
+    using Sums = int[TOKENS / 2];
+
+    INLINE Consumer(const Problem& problem, const Place& place, const Ring& ring, uint8* shared, int group)
+        : problem(problem), place(place), ring(ring), exchange(reinterpret_cast<int4*>(shared)), group(group),
+          row_group(group % ROW_GROUPS), k_group(group / ROW_GROUPS), thread(threadIdx.x % WARPGROUP),
+          warp(thread / 32), lane(thread % 32) {
+        staging = shared + EXCHANGE_BYTES + (row_group * 4 + warp) * STORE_TOKENS * STORE_PITCH;
+    }
+
+    INLINE void multiply(Sums& sums, WeightFragment& fragment, int block) {
+        unpack(fragment, ring.weights(at.stage, row_group, block), thread);
+        const uint64 operand = operand_descriptor(ring.activations(at.stage, block));
+        mma_fence();
+#pragma unroll
+        for (int step = 0; step < 4; ++step) mma(sums, fragment.step[step], operand + step * DESCRIPTOR_K32);
+        mma_commit();
+    }
+
+    // Adds this warpgroup's share of `blocks` blocks. With two fragments one batch of MMAs stays in flight while the
+    // next block is unpacked; a stage is given back when nothing that reads it is in flight. The assembler follows
+    // MMAs in flight only through straight code: stages that are not full come last, one at a time.
+    INLINE void multiply_blocks(Sums& sums, int blocks) {
+        constexpr int TOGETHER = FRAGMENTS > VISITS ? FRAGMENTS / VISITS : 1;  // stages, so that fragments have constant indices
+        WeightFragment fragments[FRAGMENTS];
+        int previous = -1;
+#pragma unroll 1
+        for (; blocks >= TOGETHER * STAGE_BLOCKS; blocks -= TOGETHER * STAGE_BLOCKS) {
+#pragma unroll
+            for (int visit = 0; visit < TOGETHER * VISITS; ++visit) {
+                if (visit % VISITS == 0) ring.wait_full(at);
+                multiply(sums, fragments[visit % FRAGMENTS], visit % VISITS * K_GROUPS + k_group);
+                mma_wait<FRAGMENTS - 1>();
+                if (FRAGMENTS == 2 && visit % VISITS == 0 && previous >= 0) ring.release(previous, lane);
+                if (visit % VISITS == VISITS - 1) {
+                    previous = at.stage;
+                    if (FRAGMENTS == 1) ring.release(at.stage, lane);
+                    at.advance();
+                }
+            }
+        }
+        mma_wait_for(sums);
+        if (FRAGMENTS == 2 && previous >= 0) ring.release(previous, lane);
+#pragma unroll 1
+        for (; blocks > 0; blocks -= STAGE_BLOCKS) {
+            ring.wait_full(at);
+#pragma unroll 1
+            for (int block = k_group; block < min(blocks, STAGE_BLOCKS); block += K_GROUPS) {
+                multiply(sums, fragments[0], block);
+                mma_wait_for(sums);
+            }
+            pass_stage();
+        }
+    }
+
+    // Sums of the other K groups come to the first one through shared memory.
+    INLINE void reduce_k_groups(Sums& sums) {
+        constexpr int WARP_SUMS = TOKENS / 8 * 32;  // int4 of one warp
+        constexpr int MEMBERS = K_GROUPS * WARPGROUP;
+        const int written = 1 + row_group, read = 1 + ROW_GROUPS + row_group;
+        if (k_group > 0) {
+            named_barrier_sync(read, MEMBERS);
+            store_partial(exchange + (((k_group - 1) * ROW_GROUPS + row_group) * 4 + warp) * WARP_SUMS, sums, lane);
+            named_barrier_arrive(written, MEMBERS);
+        } else {
+            named_barrier_arrive(read, MEMBERS);
+            named_barrier_sync(written, MEMBERS);
+            for (int other = 0; other < K_GROUPS - 1; ++other)
+                add_partial(sums, exchange + ((other * ROW_GROUPS + row_group) * 4 + warp) * WARP_SUMS, lane);
+        }
+    }
+
+    INLINE int4* partial(int block) const { return problem.partials + ((block * ROW_GROUPS + row_group) * 4 + warp) * (TOKENS / 8 * 32); }
+    INLINE int* flag(int block) const { return problem.flags + (block * ROW_GROUPS + row_group) * 4 + warp; }
+
+    // Warps exchange with the same warp of the other block: no barrier is wider than a warp.
+    INLINE void give(const Sums& sums) const {
+        store_partial(partial(blockIdx.x), sums, lane);
+        __syncwarp();
+        if (lane == 0) raise_flag(flag(blockIdx.x));
+    }
+
+    // Adds what the clusters before this one have summed of the tile whose first unit is `tile_begin`.
+    INLINE void take(Sums& sums, int tile_begin) const {
+        const int total = problem.split_tiles * problem.units();
+        int begin = Schedule::run_begin(total, place.cluster, place.clusters);
+        for (int cluster = place.cluster - 1; begin > tile_begin; --cluster) {
+            const int end = begin;
+            begin = Schedule::run_begin(total, cluster, place.clusters);
+            if (begin == end) continue;
+            const int block = cluster * CLUSTER + place.rank;
+            wait_for_flag(flag(block));
+            add_partial(sums, partial(block), lane);
+            __syncwarp();
+            if (lane == 0) *flag(block) = 0;
+        }
+    }
+
+    // Scales the sums of a finished tile, adds the outlier channels and the bias, and stores.
+    INLINE void finish(const Sums& sums, const Segment& segment) {
+        const int first_row = (place.row_tile(problem, segment.tile) * ROW_GROUPS + row_group) * BLOCK_ROWS + warp * 16;
+        const int first_token = place.first_token(problem, segment.tile);
+        const bool outliers = problem.outlier_weights;
+        RowFactors rows[2] = {{problem, first_row + lane / 4}, {problem, first_row + lane / 4 + 8}};
+        WeightFragment outlier_fragment;
+        if (outliers) {
+            ring.wait_full(at);
+            unpack_int8(outlier_fragment, ring.activations(at.stage) + row_group * INT8_BLOCK_BYTES, thread);
+            __syncwarp();
+            pass_stage();
+            ring.wait_full(at);
+        }
+#pragma unroll
+        for (int chunk = 0; chunk < TOKENS; chunk += STORE_TOKENS) {
+            int outlier_sums[STORE_TOKENS / 2];
+            if (outliers) multiply_outliers(outlier_sums, outlier_fragment, chunk);
+            constexpr int TOGETHER = min_of(STORE_TOKENS / 8, 2);  // 8x8 column groups of one stmatrix
+#pragma unroll
+            for (int column = 0; column < STORE_TOKENS / 8; column += TOGETHER) {
+                uint32 matrix[2 * TOGETHER];
+#pragma unroll
+                for (int i = 0; i < TOGETHER; ++i) {
+                    const int sum = (chunk / 8 + column + i) * 4, outlier_sum = (column + i) * 4;
+                    const int token = min(first_token + chunk + (column + i) * 8 + lane % 4 * 2, problem.padded_tokens - 2);
+                    const float2 scale = *reinterpret_cast<const float2*>(problem.token_scale + token);
+                    float2 outlier_scale{0.f, 0.f};
+                    if (outliers) outlier_scale = *reinterpret_cast<const float2*>(problem.outlier_token_scale + token);
+#pragma unroll
+                    for (int half = 0; half < 2; ++half) {
+                        float low = promote(sums[sum + 2 * half], rows[half].scale, scale.x);
+                        float high = promote(sums[sum + 2 * half + 1], rows[half].scale, scale.y);
+                        if (outliers) {
+                            low += promote(outlier_sums[outlier_sum + 2 * half], rows[half].outlier_scale, outlier_scale.x);
+                            high += promote(outlier_sums[outlier_sum + 2 * half + 1], rows[half].outlier_scale, outlier_scale.y);
+                        }
+                        matrix[2 * i + half] = OUTPUT::pack(low + rows[half].bias, high + rows[half].bias);
+                    }
+                }
+                store_matrices(staging + ((column + lane / 16 % TOGETHER) * 8 + lane % 8) * STORE_PITCH + lane / 8 % 2 * 16, matrix);
+            }
+            __syncwarp();
+            store_rows(first_row, first_token + chunk);
+            __syncwarp();
+        }
+        if (outliers) pass_stage();
+    }
+
+    INLINE void multiply_outliers(int (&sums)[STORE_TOKENS / 2], const WeightFragment& fragment, int first_token) const {
+        const uint64 operand = operand_descriptor(ring.activations(at.stage)) + first_token * DESCRIPTOR_ROW;
+#pragma unroll
+        for (int i = 0; i < STORE_TOKENS / 2; ++i) sums[i] = 0;
+        mma_fence();
+#pragma unroll
+        for (int step = 0; step < 4; ++step) mma(sums, fragment.step[step], operand + step * DESCRIPTOR_K32);
+        mma_commit();
+        mma_wait_for(sums);
+    }
+
+    INLINE void pass_stage() {
+        ring.release(at.stage, lane);
+        at.advance();
+    }
+
+    // This warp's 16 channels of STORE_TOKENS tokens: two lanes to a token, 16 bytes each.
+    INLINE void store_rows(int first_row, int first_token) const {
+#pragma unroll
+        for (int i = 0; i < (STORE_TOKENS * 2 + 31) / 32; ++i) {
+            const int index = i * 32 + lane, token = first_token + index / 2, row = first_row + index % 2 * 8;
+            if (index >= STORE_TOKENS * 2 || token >= problem.tokens || row >= problem.rows) continue;
+            const uint8* source = staging + index / 2 * STORE_PITCH + index % 2 * 16;
+            uint16* destination = problem.output + static_cast<long long>(token) * problem.rows + row;
+            if (problem.rows % 8 == 0) {
+                *reinterpret_cast<uint4*>(destination) = *reinterpret_cast<const uint4*>(source);
+            } else {
+                for (int j = 0; j < min(8, problem.rows - row); ++j) destination[j] = reinterpret_cast<const uint16*>(source)[j];
+            }
+        }
+    }
+
+    INLINE void run() {
+        Schedule schedule = place.schedule(problem);
+        Segment segment;
+#pragma unroll 1
+        while (schedule.next(segment)) {
+            const bool finishes = segment.last == problem.units();
+            const bool outliers = finishes && problem.outlier_weights;
+            Sums sums;
+#pragma unroll
+            for (int i = 0; i < TOKENS / 2; ++i) sums[i] = 0;
+            multiply_blocks(sums, min(segment.last, problem.blocks) - min(segment.first, problem.blocks));
+            if (K_GROUPS > 1) reduce_k_groups(sums);
+            if (k_group > 0) {
+                for (int stage = 0; outliers && stage < OUTLIER_UNITS; ++stage) {
+                    ring.wait_full(at);
+                    pass_stage();
+                }
+                continue;
+            }
+            if (!finishes) {
+                give(sums);
+                continue;
+            }
+            const int split_tile = segment.tile - schedule.whole;
+            if (split_tile >= 0 && segment.first > 0) take(sums, split_tile * schedule.units);
+            finish(sums, segment);
+        }
+    }
+};
+
+// ---------------------------------------------------------------------------------------------------- the kernel
+
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, BLOCKS_PER_SM)
+gemm(const uint8* weights, const uint8* outlier_weights, const uint8* activations, const float* row_scale,
+     const float* outlier_row_scale, const float* token_scale, const float* outlier_token_scale, const float* bias,
+     uint16* output, int4* partials, int* flags, int rows, int tokens, int padded_tokens, int blocks, int row_tiles,
+     int token_tiles, int split_tiles) {
+    extern __shared__ uint8 memory[];
+    __shared__ uint64 full[STAGES], empty[STAGES];
+    // An offset, not a rounded pointer: a pointer that went through an integer is no longer known to be shared.
+    uint8* shared = memory + (1024 - shared_address(memory) % 1024) % 1024;
+    const Problem problem{weights, outlier_weights, activations, row_scale, outlier_row_scale, token_scale, outlier_token_scale,
+                          bias, output, partials, flags, rows, tokens, padded_tokens, blocks, row_tiles, token_tiles, split_tiles};
+    const Place place;
+    const Ring ring{shared, full, empty};
+    const int group = __shfl_sync(~0u, threadIdx.x / WARPGROUP, 0);  // the same in a warp, and known to be
+
+    allow_next_kernel();
+    if (threadIdx.x == 0) {
+        for (int stage = 0; stage < STAGES; ++stage) {
+            barrier_init(full[stage], 1);
+            barrier_init(empty[stage], CONSUMER_GROUPS * 4 * CLUSTER);
+        }
+        barrier_init_fence();
+    }
+    if (CLUSTER > 1) cluster_sync();
+    else __syncthreads();
+
+    if (group == CONSUMER_GROUPS) {
+        if (LARGE) give_registers<PRODUCER_REGISTERS>();
+        if (threadIdx.x == CONSUMER_GROUPS * WARPGROUP)
+            Producer{problem, place, ring, token_tiles > 1 ? policy_evict_last() : policy_evict_first(), policy_evict_last()}.run();
+    } else {
+        if (LARGE) take_registers<CONSUMER_REGISTERS>();
+        Consumer(problem, place, ring, shared + STAGES * STAGE_BYTES, group).run();
+    }
+    if (CLUSTER > 1) cluster_sync();  // a block must not end while another one still copies to it
+}

@@ -1,0 +1,59 @@
+// Getting results out of an SM: 16-bit outputs through shared memory, and integer partial sums handed from block to block.
+#pragma once
+#include "load.cuh"
+
+struct Bfloat16 {
+    static INLINE uint32 pack(float low, float high) {
+        uint32 pair;
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+        return pair;
+    }
+};
+
+struct Float16 {
+    static INLINE uint32 pack(float low, float high) {
+        uint32 pair;
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+        return pair;
+    }
+};
+
+// Transposing stores of 8x8 matrices of 16-bit elements: lane l gives the address of row l % 8 of matrix l / 8.
+INLINE void store_matrices(void* row, const uint32 (&matrix)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
+                 ::"r"(shared_address(row)), "r"(matrix[0]), "r"(matrix[1]), "r"(matrix[2]), "r"(matrix[3]) : "memory");
+}
+
+INLINE void store_matrices(void* row, const uint32 (&matrix)[2]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};"
+                 ::"r"(shared_address(row)), "r"(matrix[0]), "r"(matrix[1]) : "memory");
+}
+
+// ---- flags between blocks: what was written before `raise_flag` is visible after `wait_for_flag`
+
+INLINE void raise_flag(int* flag) { asm volatile("st.release.gpu.global.s32 [%0], 1;" ::"l"(flag) : "memory"); }
+
+INLINE void wait_for_flag(const int* flag) {
+    int raised;
+    do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(raised) : "l"(flag) : "memory");
+    while (!raised);
+}
+
+// ---- a warp's accumulators as partial sums in global memory, 16 bytes per lane at a time
+
+template <int COUNT> INLINE void store_partial(int4* partial, const int (&sum)[COUNT], int lane) {
+#pragma unroll
+    for (int i = 0; i < COUNT / 4; ++i)
+        __stcg(partial + i * 32 + lane, make_int4(sum[4 * i], sum[4 * i + 1], sum[4 * i + 2], sum[4 * i + 3]));
+}
+
+template <int COUNT> INLINE void add_partial(int (&sum)[COUNT], const int4* partial, int lane) {
+#pragma unroll
+    for (int i = 0; i < COUNT / 4; ++i) {
+        const int4 other = __ldcg(partial + i * 32 + lane);
+        sum[4 * i] += other.x;
+        sum[4 * i + 1] += other.y;
+        sum[4 * i + 2] += other.z;
+        sum[4 * i + 3] += other.w;
+    }
+}

@@ -155,6 +155,31 @@ def test_cropping_and_selecting_follow_the_tokens() -> None:
     assert cache_bytes(cache) == 0
 
 
+@pytest.mark.parametrize("kv", [FORMATS["product"], FORMATS["paper"]], ids=["product", "paper"])
+def test_rows_keep_their_own_positions(kv: KVFormat) -> None:
+    """Rows padded to different lengths are swapped and repeated in the cache: each takes its rotations along."""
+    model = model_with("llama_biased", kv)
+    tokens = random_tokens(2, 10)
+    mask = torch.ones_like(tokens)
+    mask[0, :4] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    rows = torch.tensor([1, 0])
+    with torch.no_grad():
+        whole = model(tokens, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, -1]
+        for change, expected in (
+            (lambda cache: cache.batch_select_indices(rows), whole[rows]),
+            (lambda cache: cache.reorder_cache(rows), whole[rows]),
+            (lambda cache: cache.batch_repeat_interleave(2), whole.repeat_interleave(2, dim=0)),
+        ):
+            cache = DynamicCache(config=model.config)
+            state = {"past_key_values": cache, "use_cache": True}
+            model(tokens[:, :9], attention_mask=mask[:, :9], position_ids=positions[:, :9], **state)
+            change(cache)
+            chosen = rows if expected.shape[0] == 2 else torch.tensor([0, 0, 1, 1])
+            last = model(tokens[chosen, 9:], attention_mask=mask[chosen], position_ids=positions[chosen, 9:], **state)
+            torch.testing.assert_close(last.logits[:, -1], expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_sliding_layer_frees_what_no_query_sees() -> None:
     model = model_with("mistral", FORMATS["product"])
     cache = DynamicCache(config=model.config)

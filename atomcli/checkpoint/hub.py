@@ -19,21 +19,22 @@ def fetch(repository: str, cache: Path | None = None) -> Path:
     small = [CONFIG, INDEX, *COMPANIONS]
     snapshot = _snapshot(repository, small, None, cache)
     if (snapshot / INDEX).is_file():
-        shards = sorted({str(file) for file in read_json(snapshot / INDEX).get("weight_map", {}).values()})
+        weight_map = read_json(snapshot / INDEX).get("weight_map")
+        # An index that has none is refused, and named, when the directory is opened.
+        shards = sorted({str(file) for file in weight_map.values()}) if isinstance(weight_map, dict) else []
     else:
         shards = [SINGLE]
     if not all((snapshot / shard).is_file() for shard in shards):
         log.info("Downloading %s from the Hub (%d files of weights)", repository, len(shards))
         # The snapshot directory is named after the commit: both steps take the same one.
         snapshot = _snapshot(repository, [*small, *shards], snapshot.name, cache)
-    if not any((snapshot / shard).is_file() for shard in shards):
-        raise InputError(
-            f"{repository} on the Hub {_without_safetensors(repository)}", "Choose a model in safetensors."
-        )
+    if shards and not any((snapshot / shard).is_file() for shard in shards):
+        raise _without_safetensors(repository)
     return snapshot
 
 
 def _snapshot(repository: str, files: list[str], revision: str | None, cache: Path | None) -> Path:
+    import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -55,24 +56,31 @@ def _snapshot(repository: str, files: list[str], revision: str | None, cache: Pa
             f"There is neither a directory nor a model on the Hub called {repository!r}",
             "Check the spelling; a private model needs `hf auth login`.",
         ) from error
-    # httpx and socket errors are OSErrors or come wrapped as LocalEntryNotFoundError, which is one too.
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (LocalEntryNotFoundError, HfHubHTTPError, httpx.HTTPError, OSError) as error:
         raise InputError(
             f"There is no directory {repository!r} here, and the Hub can't be reached for a model of that name",
             "Check the path or the connection, or try the embedded model: `atom plan demo`.",
         ) from error
 
 
-def _without_safetensors(repository: str) -> str:
-    """Why a repository can't be used, from its listing when the Hub answers."""
+def _without_safetensors(repository: str) -> InputError:
+    """Why a repository has no weights for us, from its listing when the Hub answers."""
+    import httpx
     from huggingface_hub import HfApi
 
     try:
         files = HfApi().list_repo_files(repository)
-    except OSError:
-        return "holds no safetensors weights"
+    except (OSError, httpx.HTTPError):
+        return InputError(
+            f"The weights of {repository} are not in the cache, and the Hub can't be reached",
+            "Check the connection, or try the embedded model: `atom plan demo`.",
+        )
     if any(file.endswith(PICKLED) for file in files):
-        return "has only pickled weights, and reading a pickle runs whatever code is in it"
-    if any(file.endswith(".gguf") for file in files):
-        return "has only GGUF files; download one and pass its path"
-    return "holds no safetensors weights"
+        why = "has only pickled weights, and reading a pickle runs whatever code is in it"
+    elif any(file.endswith(".gguf") for file in files):
+        why = "has only GGUF files"
+    else:
+        why = "holds no safetensors weights"
+    return InputError(
+        f"{repository} on the Hub {why}", "Choose a model in safetensors, or download a GGUF file and pass its path."
+    )

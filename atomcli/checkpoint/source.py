@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from atomcli.checkpoint.files import unreadable
 from atomcli.errors import InputError
 
 if TYPE_CHECKING:
@@ -85,9 +86,13 @@ def open_source(model: str, cache: Path | None = None) -> Source:
     from atomcli.checkpoint import assets, directory, gguf, hub
 
     path = Path(model).expanduser()
-    if path.is_dir():
+    try:
+        is_directory, is_file = path.is_dir(), path.is_file()
+    except OSError as error:
+        raise unreadable(path, error) from error
+    if is_directory:
         return directory.DirectorySource(path, name=model)
-    if path.is_file():
+    if is_file:
         return _open_file(path, model)
     if model == DEMO:
         return gguf.GGUFSource(assets.demo_model(), name=model)

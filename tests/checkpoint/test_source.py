@@ -344,6 +344,23 @@ def test_a_hub_id_without_safetensors(tmp_path: Path, monkeypatch: pytest.Monkey
         open_source("owner/name")
 
 
+def test_weights_that_are_not_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(self: Any, repository: str) -> list[str]:
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", FakeHub(tmp_path, {"config.json": b"{}"}))
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", offline)
+    with pytest.raises(
+        InputError, match=r"The weights of owner/name are not in the cache, and the Hub can't be reached"
+    ):
+        open_source("owner/name")
+
+
+def test_a_path_that_cant_even_be_looked_at() -> None:
+    with pytest.raises(InputError, match="can't be read: File name too long"):
+        open_source("x" * 5000)
+
+
 def test_the_hub_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(AtomError, match="'owner/name'") as caught:

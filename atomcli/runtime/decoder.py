@@ -232,6 +232,7 @@ def load_checkpoint(directory: Path | str) -> PreTrainedModel:
     files = saved.checkpoint_files(directory)
     saved.check_tensors(model, files)
     _assign_outer(model, saved.read_tensors(files))
+    model._weight_conversions = []  # save_pretrained writes the names in memory, which are a checkpoint's
     if (directory / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(directory)
     return finish_quantized(model)

@@ -96,7 +96,9 @@ def test_block_tensors_must_fit() -> None:
             decoder.build_block(family, source.config, 0, tensors)
 
 
-@pytest.mark.parametrize("scheme", [PAPER, TWO_LEVEL, SCHEMES["mxfp4"], SCHEMES["nvfp4"], SCHEMES["w8a8"]], ids=str)
+@pytest.mark.parametrize(
+    "scheme", [PAPER, TWO_LEVEL, SCHEMES["mxfp4"], SCHEMES["nvfp4"], SCHEMES["w8a8"]], ids=lambda s: s.name
+)
 def test_checkpoint_is_bit_equal_to_the_blocks_it_was_written_from(tmp_path: Path, scheme: Scheme) -> None:
     _, source = random_parent("llama", dtype=torch.bfloat16)
     blocks = write_checkpoint(tmp_path / "out", source, scheme, KV4)

@@ -189,6 +189,14 @@ class _Road:
                 for chunk in before.calibration.chunks(at_once):
                     with suppress(InputsSeen):
                         walk.forward(block, index, chunk)
+        starved = sum(each.tokens < target.layout.in_features for target, each in zip(found, hessians, strict=True))
+        if starved:
+            _LOG.warning(
+                "%s: %d of %d inputs saw fewer tokens than they have channels; more samples would help",
+                block_name(index),
+                starved,
+                len(found),
+            )
         return quantize_block(block, index, found, hessians, self.recipe)
 
     def _embed(self, streams: _Streams) -> None:

@@ -1,0 +1,102 @@
+"""Memory: a model that does not fit is compressed all the same."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig
+
+from tests.helpers.tiny import VOCABULARY
+
+BLOCKS, HIDDEN, WIDTH = 64, 320, 640
+BLOCK_BYTES = 4 * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * WIDTH)  # fp32
+
+# The limit is on what the process allocates beyond what Python, torch and transformers hold after their imports.
+PRELUDE = textwrap.dedent("""
+    import resource, sys
+    from pathlib import Path
+    import torch
+    from atomcli.checkpoint.source import open_source
+    from atomcli.pipeline.compress import compress
+    from atomcli.runtime.decoder import load_parent
+    from tests.helpers.tiny import random_tokens
+    from tests.pipeline.conftest import small_recipe
+
+    torch.set_num_threads(1)
+    torch.ones(64, 64) @ torch.ones(64, 64)
+    source = open_source(sys.argv[1])
+    held = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData")) << 10
+    resource.setrlimit(resource.RLIMIT_DATA, (held + int(sys.argv[3]), held + int(sys.argv[3])))
+""")
+COMPRESS = 'compress(source, small_recipe(), Path(sys.argv[2]), tokens=random_tokens(4, 64), device="cpu")'
+
+
+def deep_model(directory: Path) -> Path:
+    """A Llama of 64 blocks, one shard each, so that making it takes no memory either."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=WIDTH,
+        num_hidden_layers=BLOCKS,
+        num_attention_heads=5,
+        num_key_value_heads=5,
+        tie_word_embeddings=True,
+        architectures=["LlamaForCausalLM"],
+        dtype="float32",
+    )
+    config.save_pretrained(directory)
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * 0.03
+
+    weight_map = {}
+    for index in range(BLOCKS + 1):
+        tensors = {"model.embed_tokens.weight": normal(VOCABULARY, HIDDEN), "model.norm.weight": torch.ones(HIDDEN)}
+        if index < BLOCKS:
+            shapes = dict.fromkeys(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), (HIDDEN, HIDDEN))
+            shapes |= {"self_attn.o_proj": (HIDDEN, HIDDEN), "mlp.gate_proj": (WIDTH, HIDDEN)}
+            shapes |= {"mlp.up_proj": (WIDTH, HIDDEN), "mlp.down_proj": (HIDDEN, WIDTH)}
+            tensors = {f"model.layers.{index}.{name}.weight": normal(*shape) for name, shape in shapes.items()}
+            for norm in ("input_layernorm", "post_attention_layernorm"):
+                tensors[f"model.layers.{index}.{norm}.weight"] = torch.ones(HIDDEN)
+        file = f"model-{index + 1:05d}-of-{BLOCKS + 1:05d}.safetensors"
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+    import json
+
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return directory
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts anonymous memory on Linux only")
+def test_a_model_larger_than_the_memory_is_compressed(tmp_path):
+    limit = (
+        BLOCKS * BLOCK_BYTES // 4
+    )  # 16 of 64 blocks: two for the road, the rest for buffers that torch and malloc keep
+    parent = deep_model(tmp_path / "parent")
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "OMP_NUM_THREADS": "1",
+        "MALLOC_ARENA_MAX": "1",
+        "ATOM_CACHE": str(tmp_path / "cache"),
+    }
+
+    def run(program: str) -> subprocess.CompletedProcess[str]:
+        arguments = [str(parent), str(tmp_path / "out"), str(limit)]
+        return subprocess.run(
+            [sys.executable, "-c", PRELUDE + program, *arguments], env=environment, capture_output=True, text=True
+        )
+
+    whole = run("load_parent(source)")
+    assert whole.returncode != 0, "the limit must be one that the whole model exceeds"
+    assert "memory" in whole.stderr.lower()
+    ours = run(COMPRESS)
+    assert ours.returncode == 0, ours.stderr[-2000:]
+    assert (tmp_path / "out" / "atom_manifest.json").is_file()

@@ -79,3 +79,5 @@ def run(arguments: Sequence[str]) -> int:
     except typer.Abort:
         console.error("Interrupted.", kind="Interrupted")
         return 130
+    finally:
+        console.finish()

@@ -1,6 +1,6 @@
 """`atom bench`: speed beside what one would use instead, measured in one run."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -36,16 +36,16 @@ def model(
     Tokens per second, time to first token, weight and KV bytes; the parent beside it with --against.
     """
     import json
+    from functools import partial
 
     from atomcli.benchmarks.model import bench_model
     from atomcli.benchmarks.report import environment, render, to_json
-    from atomcli.cli.models import open_model
     from atomcli.cli.progress import Progress
 
     names = [checkpoint] if against is None else [against, checkpoint]
     with Progress() as progress:
         rows = bench_model(
-            {name: (lambda name=name: open_model(name, device).model) for name in names},
+            {name: partial(_load, name, device) for name in names},
             batches=batch or [1],
             contexts=context or [512],
             new_tokens=new_tokens,
@@ -53,3 +53,9 @@ def model(
             progress=progress.counter("bench", "run"),
         )
     console.result(json.loads(to_json(rows, environment())), render(rows, form).rstrip())
+
+
+def _load(name: str, device: str | None) -> Any:
+    from atomcli.cli.models import open_model
+
+    return open_model(name, device).model

@@ -48,11 +48,12 @@ class Console:
     color: bool = True
     debug: bool = False
     after_interruption: str | None = None  # what to tell someone who presses Ctrl-C now
+    _document: dict[str, Any] | None = None
 
     def result(self, document: Mapping[str, Any], *human: "str | Table") -> None:
-        """Prints the outcome of a command: the document under --json, else the lines and tables a person reads."""
+        """The outcome of a command: printed for people, or kept under --json until `finish` prints one document."""
         if self.json:
-            self._write(sys.stdout, json.dumps(_plain(document), indent=2, ensure_ascii=False))
+            self._document = (self._document or {}) | _plain(document)
             return
         for part in human:
             for line in part.lines(self) if isinstance(part, Table) else [part]:
@@ -68,12 +69,18 @@ class Console:
         self._write(sys.stderr, f"{self.styled('warning:', 'yellow', sys.stderr)} {text}")
 
     def error(self, what: str, hint: str | None = None, kind: str = "Error") -> None:
-        """Says on stderr what is wrong and what to do next; under --json the same as a document on stdout."""
+        """Says on stderr what is wrong and what to do next; under --json the document says it too."""
         self._write(sys.stderr, f"{self.styled('error:', 'red', sys.stderr)} {what}")
         if hint:
             self._write(sys.stderr, f"{self.styled('hint:', 'cyan', sys.stderr)} {hint}")
         if self.json:
             self.result({"error": {"kind": kind, "what": what, "hint": hint}})
+
+    def finish(self) -> None:
+        """Prints the one document of --json, whatever the command came to."""
+        if self._document is not None:
+            self._write(sys.stdout, json.dumps(self._document, indent=2, ensure_ascii=False))
+            self._document = None
 
     def styled(self, text: str, style: str, stream: TextIO | None = None) -> str:
         if not self.color or not is_terminal(stream or sys.stdout):

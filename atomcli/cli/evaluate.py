@@ -18,7 +18,10 @@ Data = Annotated[
     str,
     typer.Option("--data", metavar="TEXT", help="`demo`, a text file, `wikitext2`, `c4`, or a Hub data set id."),
 ]
-Windows = Annotated[int | None, typer.Option("--windows", help="Only the first so many windows (default: all).")]
+Windows = Annotated[
+    int | None,
+    typer.Option("--windows", min=0, help="Only the first so many windows; 0: all (default: 20, if there are)."),
+]
 WindowLength = Annotated[int, typer.Option("--window-length", help="Tokens in a window.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one).")]
 MaxRatio = Annotated[
@@ -53,21 +56,24 @@ def ppl(
 
     if convention not in ("token", "word", "both"):
         raise UsageError(f"--convention is {convention!r}; allowed are token, word and both")
+    if max_ratio is not None and (against is None or convention == "word"):
+        raise UsageError("--max-ratio compares token perplexities of two models", "add --against PARENT")
     text = load_text(data, "held_out")
     rows: dict[str, dict[str, Any]] = {}
     for name in _names(checkpoint, against):
         with Progress() as progress:
             opened = open_model(name, device)
             row: dict[str, Any] = {"name": name}
+            tokens = tokenize(text, opened.tokenizer)
+            limit = _limit(windows, len(tokens), window_length)
             if convention != "word":
-                tokens = tokenize(text, opened.tokenizer)
-                cut = cut_windows(tokens, window_length, windows, text.name)
+                cut = cut_windows(tokens, window_length, limit, text.name)
                 seen = progress.counter(f"{name}, token perplexity", "window")
                 row |= perplexity.token_perplexity(opened.model, cut, name, seen).row()
             if convention != "token":
                 seen = progress.counter(f"{name}, word perplexity", "window")
                 word = perplexity.word_perplexity(
-                    opened.model, opened.tokenizer, text, window_length, windows, name, seen
+                    opened.model, opened.tokenizer, text, window_length, limit, name, seen
                 )
                 row |= {key: value for key, value in word.row().items() if key in ("word_perplexity", "words")}
             rows[name] = row | opened.sizes()
@@ -110,7 +116,8 @@ def kld(
     text = load_text(data, "held_out")
     with Progress() as progress:
         parent = open_model(parent_name, device)
-        cut = cut_windows(tokenize(text, parent.tokenizer), window_length, windows, text.name)
+        tokens = tokenize(text, parent.tokenizer)
+        cut = cut_windows(tokens, window_length, _limit(windows, len(tokens), window_length), text.name)
         recording = record(parent.model, cut, progress.counter(f"parent {parent_name}", "window"))
         parent_sizes = parent.sizes()
         del parent
@@ -150,13 +157,15 @@ def tasks(
     Its own tasks by name, or local question files (JSON lines or a task's YAML).
     """
     from atomcli.cli.models import open_model
+    from atomcli.cli.progress import Progress
     from atomcli.evaluation.tasks import run_tasks
 
     rows: list[dict[str, Any]] = []
     for name in _names(checkpoint, against):
         opened = open_model(name, device)
-        console.note(f"{name}: {', '.join(task)}")
-        results = run_tasks(opened.model, opened.tokenizer, task, limit=limit, batch_size=batch_size)
+        with Progress() as progress:
+            seen = progress.counter(f"{name}, {', '.join(task)}", "answer")
+            results = run_tasks(opened.model, opened.tokenizer, task, limit, batch_size, progress=seen)
         rows += [{"name": name, **result.row()} for result in results]
         del opened
     keys = list(dict.fromkeys(key for row in rows for key in row))
@@ -165,6 +174,8 @@ def tasks(
         table.add(*(_cell(row.get(key)) for key in keys))
     console.result({"results": rows}, table)
 
+
+_DEFAULT_WINDOWS = 20  # as many as the figures in docs/ are measured on
 
 # What a table shows: title, key of the row, key of its standard error, and how the number is written.
 _SIZES = [
@@ -214,8 +225,17 @@ def _ratio(rows: dict[str, dict[str, Any]], checkpoint: str, against: str | None
     return float(rows[checkpoint]["token_perplexity"] / rows[against]["token_perplexity"])
 
 
+def _limit(asked: int | None, tokens: int, length: int) -> int | None:
+    """How many windows are measured: what was asked for, all (None) for 0, else the default where the text has them."""
+    if asked is None:
+        return min(_DEFAULT_WINDOWS, tokens // max(1, length)) or None
+    return asked or None
+
+
 def _windows_text(row: dict[str, Any]) -> str:
-    return f", {row['windows']} windows of {row['window_length']} tokens" if "windows" in row else ""
+    if "windows" not in row:
+        return ""
+    return f", {row['windows']} window{'s' * (row['windows'] != 1)} of {row['window_length']} tokens"
 
 
 def _cell(value: Any) -> str:

@@ -80,9 +80,14 @@ def read_contents(directory: Path) -> Contents:
                 kept[tensor] = size
     layers = [
         Layer(name, entry["scheme"], entry["in_features"] * entry["out_features"], stored[name], errors.get(name))
-        for name, entry in linears.items()
+        for name, entry in sorted(linears.items(), key=lambda item: _natural(item[0]))
     ]
     return Contents(layers, kept, quantization["kv_cache"], report)
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """A key that sorts layer 9 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def _quantization(directory: Path) -> dict[str, Any]:

@@ -9,7 +9,8 @@ import typer
 from atomcli.cli import log, options
 from atomcli.cli.command import command
 from atomcli.cli.console import byte_count, console, duration
-from atomcli.cli.layers import read_contents
+from atomcli.cli.layers import is_checkpoint, read_contents
+from atomcli.errors import UsageError
 
 
 @command
@@ -33,6 +34,10 @@ def quantize(
     sequence_length: options.SequenceLength = None,
     seed: options.Seed = None,
     device: options.Device = None,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Replace a finished checkpoint in OUT, drop an unfinished one of another recipe."),
+    ] = False,
 ) -> None:
     """Compress a model into a checkpoint.
 
@@ -54,7 +59,10 @@ def quantize(
     from atomcli.checkpoint.writer import refuse_occupied
 
     out = output or options.default_output(model, resolved.name)
-    refuse_occupied(out)
+    if not force:
+        if is_checkpoint(out):
+            raise UsageError(f"{out} holds a finished checkpoint", "give another -o, or replace it with --force")
+        refuse_occupied(out)
     log_file = log.to_file("quantize")
     from atomcli.checkpoint.source import open_source
     from atomcli.cli.progress import Progress
@@ -64,7 +72,9 @@ def quantize(
     source = open_source(model)
     console.after_interruption = "finished blocks are kept: the same command continues after them"
     with Progress() as progress:
-        report = compress(source, resolved, out, calibration=calibration, device=device, progress=progress)
+        report = compress(
+            source, resolved, out, calibration=calibration, device=device, progress=progress, overwrite=force
+        )
     took = time.monotonic() - started
     _say_result(model, out, report, took)
     if log_file:

@@ -15,6 +15,7 @@ SNAPSHOTS = Path(__file__).parent / "snapshots"
 _CHANGING = [
     (re.compile(r"\d+ h \d+ min|\d+ min \d+ s|\b\d+ s\b"), "<time>"),
     (re.compile(r"\S*/logs/\S+\.log"), "<log>"),
+    (re.compile(r"\b\d\.\d{3}e[-+]\d\d\b"), "<error>"),
 ]
 
 
@@ -45,14 +46,71 @@ def atom(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
     return call
 
 
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some 11,000 characters of English."""
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text((Path(__file__).parents[2] / "LICENSE").read_text())
+    return file
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model directory as one finds them: a random Llama of two layers, with a tokenizer of single bytes."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: index for index, letter in enumerate(["<s>", "</s>", *letters])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    fast.save_pretrained(directory)
+    return directory
+
+
 @pytest.fixture
-def snapshot(tmp_path: Path) -> Callable[[Outcome, str], None]:
+def quantize_options(text_file: Path) -> list[object]:
+    """What makes a shipped recipe fit the tiny model."""
+    settings = {"--dataset": text_file, "--samples": 4, "--sequence-length": 64, "--outliers": 16, "--group": 32}
+    return [word for setting in settings.items() for word in setting]
+
+
+@pytest.fixture
+def tiny_checkpoint(
+    tiny_model: Path, quantize_options: list[object], atom: Callable[..., Outcome], tmp_path: Path
+) -> Path:
+    """The tiny model, compressed by the command line."""
+    out = tmp_path / "tiny-w4a4"
+    assert atom("quantize", tiny_model, "-o", out, *quantize_options).code == 0
+    return out
+
+
+@pytest.fixture
+def snapshot(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Outcome, str], None]:
     """Compares an outcome with tests/cli/snapshots/NAME.txt; UPDATE_SNAPSHOTS=1 writes the file instead."""
 
     def check(outcome: Outcome, name: str) -> None:
         text = f"$ atom {' '.join(outcome.arguments)}\nexit {outcome.code}\n"
         text += f"--- stdout\n{outcome.out}--- stderr\n{outcome.err}"
         text = text.replace(str(tmp_path), "<tmp>")
+        text = re.sub(re.escape(str(tmp_path_factory.getbasetemp())) + r"/[a-z]+0/", "<tmp>/", text)
         for pattern, name_of_it in _CHANGING:
             text = pattern.sub(name_of_it, text)
         file = SNAPSHOTS / f"{name}.txt"

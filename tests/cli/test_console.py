@@ -34,8 +34,12 @@ def test_quiet_keeps_results_warnings_and_errors(capsys):
 
 
 def test_json_is_one_document_even_with_numbers_json_lacks(capsys):
-    Console(json=True).result({"a": math.nan, "b": [1, Path("x")], "c": {"d": -math.inf}}, "for people")
-    assert json.loads(capsys.readouterr().out) == {"a": None, "b": [1, "x"], "c": {"d": None}}
+    console = Console(json=True)
+    console.result({"a": math.nan, "b": [1, Path("x")], "c": {"d": -math.inf}}, "for people")
+    console.error("a gate failed", kind="ThresholdError")
+    console.finish()
+    error = {"kind": "ThresholdError", "what": "a gate failed", "hint": None}
+    assert json.loads(capsys.readouterr().out) == {"a": None, "b": [1, "x"], "c": {"d": None}, "error": error}
 
 
 def test_json_refuses_what_it_would_have_to_guess():

@@ -1,0 +1,162 @@
+"""The whole way from the shell, on a model of two layers: quantize, calibrate, inspect, eval, bench."""
+
+import json
+import logging
+
+import pytest
+
+from atomcli.pipeline import compress
+
+
+def test_quantize_ends_with_the_commands_one_wants_next(atom, tiny_model, quantize_options, tmp_path, snapshot):
+    outcome = atom("quantize", tiny_model, "-o", tmp_path / "out", *quantize_options)
+    assert outcome.code == 0
+    snapshot(outcome, "quantize")
+
+
+def test_quantize_as_json(atom, tiny_model, quantize_options, tmp_path):
+    outcome = atom("quantize", tiny_model, "-o", tmp_path / "out", *quantize_options, "--json", "--quiet")
+    document = json.loads(outcome.out)
+    assert outcome.err == ""
+    assert document["layers"] == 14
+    assert document["report"]["recipe"]["weights"]["group"] == 32
+    assert 4 < document["bits_per_weight"] < 8
+
+
+def test_quantize_writes_a_log(atom, tiny_model, quantize_options, tmp_path, monkeypatch):
+    monkeypatch.setenv("ATOM_CACHE", str(tmp_path / "cache"))
+    before = list(logging.getLogger("atomcli").handlers)
+    assert atom("quantize", tiny_model, "-o", tmp_path / "out", *quantize_options).code == 0
+    (log,) = (tmp_path / "cache" / "logs").glob("*-quantize-*.log")
+    assert "command line" in log.read_text()
+    assert logging.getLogger("atomcli").handlers == before
+
+
+def test_a_finished_checkpoint_is_replaced_only_when_told(
+    atom, tiny_model, tiny_checkpoint, quantize_options, snapshot
+):
+    again = ["quantize", tiny_model, "-o", tiny_checkpoint, *quantize_options]
+    outcome = atom(*again)
+    assert outcome.code == 2
+    snapshot(outcome, "quantize-finished")
+    assert atom(*again, "--rounding", "rtn", "--force").code == 0
+    report = json.loads(atom("inspect", tiny_checkpoint, "--json").out)
+    assert report["recipe"]["weights"]["rounding"] == "rtn"
+
+
+def test_interrupted_it_says_so_and_resumes(atom, tiny_model, quantize_options, tmp_path, monkeypatch, snapshot):
+    command = ["quantize", tiny_model, "-o", tmp_path / "out", *quantize_options]
+    real = compress.write_shard
+
+    def interrupted(directory, file, tensors):
+        if file == "model-00002.safetensors":
+            raise KeyboardInterrupt
+        return real(directory, file, tensors)
+
+    monkeypatch.setattr(compress, "write_shard", interrupted)
+    outcome = atom(*command)
+    assert outcome.code == 130
+    snapshot(outcome, "quantize-interrupted")
+    assert not (tmp_path / "out").exists()
+
+    monkeypatch.setattr(compress, "write_shard", real)
+    outcome = atom(*command)
+    assert outcome.code == 0
+    assert "continuing after block 1 of 2" in outcome.err
+
+
+def test_calibrate_once_then_quantize(atom, tiny_model, quantize_options, tmp_path):
+    text = quantize_options[:6]
+    assert atom("calibrate", tiny_model, "-o", tmp_path / "calibration", *text).code == 0
+    shape = quantize_options[6:]
+    again = atom("quantize", tiny_model, "-o", tmp_path / "a", "--calibration", tmp_path / "calibration", *shape)
+    assert again.code == 0, again.err
+    assert atom("quantize", tiny_model, "-o", tmp_path / "b", *quantize_options).code == 0
+    for shard in (tmp_path / "a").glob("*.safetensors"):
+        assert shard.read_bytes() == (tmp_path / "b" / shard.name).read_bytes()
+
+
+def test_inspect(atom, tiny_checkpoint, snapshot):
+    outcome = atom("inspect", tiny_checkpoint, "--verify")
+    assert outcome.code == 0
+    snapshot(outcome, "inspect")
+
+
+def test_bits_per_weight_are_those_of_the_files(atom, tiny_checkpoint):
+    document = json.loads(atom("inspect", tiny_checkpoint, "--json").out)
+    blocks = [file for file in tiny_checkpoint.glob("*.safetensors") if file.name != "model-00000.safetensors"]
+    kept = sum(size for name, size in document["kept"].items() if name.startswith("model.layers."))
+    headers = sum(8 + int.from_bytes(file.read_bytes()[:8], "little") for file in blocks)
+    measured = 8 * (sum(file.stat().st_size for file in blocks) - headers - kept) / document["quantized_parameters"]
+    assert document["bits_per_weight"] == pytest.approx(measured)
+
+
+def test_inspect_finds_a_flipped_bit(atom, tiny_checkpoint):
+    shard = tiny_checkpoint / "model-00001.safetensors"
+    damaged = bytearray(shard.read_bytes())
+    damaged[-1] ^= 1
+    shard.write_bytes(damaged)
+    outcome = atom("inspect", tiny_checkpoint, "--verify")
+    assert outcome.code == 1
+    assert "model-00001.safetensors" in outcome.err
+    assert outcome.out == ""
+
+
+def test_eval_kld_beside_the_parent_that_the_checkpoint_names(atom, tiny_checkpoint, text_file):
+    outcome = atom("eval", "kld", tiny_checkpoint, "--data", text_file, "--window-length", 64, "--windows", 3)
+    assert outcome.code == 0, outcome.err
+    for line in ("token perplexity", "mean KLD (nats)", "same top token", "weight bytes", "bits per weight"):
+        assert any(each.startswith(line) for each in outcome.out.splitlines())
+    assert "3 windows of 64 tokens" in outcome.out
+
+
+def test_eval_gates(atom, tiny_model, tiny_checkpoint, text_file):
+    measure = ["--data", text_file, "--window-length", 64, "--windows", 2, "--against", tiny_model]
+    assert atom("eval", "kld", tiny_checkpoint, *measure, "--max-kld", 100, "--max-ratio", 100).code == 0
+    outcome = atom("eval", "kld", tiny_checkpoint, *measure, "--max-kld", 1e-9, "--json")
+    assert outcome.code == 1
+    assert "--max-kld" in outcome.err or "above the limit" in outcome.err
+    document = json.loads(outcome.out)
+    assert document["mean_kld"] > 1e-9
+    assert document["error"]["kind"] == "ThresholdError"
+    assert atom("eval", "ppl", tiny_checkpoint, *measure, "--max-ratio", 0.5).code == 1
+
+
+def test_eval_ppl_names_both_conventions(atom, tiny_model, text_file):
+    outcome = atom("eval", "ppl", tiny_model, "--data", text_file, "--window-length", 64, "--windows", 2, "--json")
+    (row,) = json.loads(outcome.out)["models"]
+    assert row["token_perplexity"] > 1
+    assert row["word_perplexity"] > row["token_perplexity"]
+
+
+def test_a_gate_without_a_parent_is_refused(atom, tiny_model, text_file, snapshot):
+    outcome = atom("eval", "ppl", tiny_model, "--data", text_file, "--max-ratio", 1.1)
+    assert outcome.code == 2
+    snapshot(outcome, "eval-gate-without-parent")
+
+
+def test_eval_tasks_on_local_questions(atom, tiny_model, tmp_path):
+    file = tmp_path / "colors.jsonl"
+    questions = [{"query": f"Question: {n}", "choices": ["red", "blue"], "gold": n % 2} for n in range(4)]
+    file.write_text("".join(json.dumps(question) + "\n" for question in questions))
+    outcome = atom("eval", "tasks", tiny_model, "--task", file, "--json")
+    assert outcome.code == 0, outcome.err
+    assert {row["metric"] for row in json.loads(outcome.out)["results"]} >= {"acc"}
+
+
+def test_bench_model(atom, tiny_model, tiny_checkpoint):
+    arguments = ["--against", tiny_model, "--context", 16, "--new-tokens", 2, "--repeats", 1]
+    table = atom("bench", "model", tiny_checkpoint, *arguments)
+    assert table.code == 0, table.err
+    assert "reference path" in table.out
+    document = json.loads(atom("bench", "model", tiny_checkpoint, *arguments, "--json").out)
+    assert [row["labels"]["model"] for row in document["rows"]] == [str(tiny_model), str(tiny_checkpoint)]
+
+
+@pytest.mark.parametrize("command", [["inspect", "--verify"], ["eval", "ppl"]], ids=" ".join)
+def test_a_missing_shard_is_one_sentence(command, atom, tiny_checkpoint):
+    (tiny_checkpoint / "model-00002.safetensors").unlink()
+    outcome = atom(*command, tiny_checkpoint)
+    assert (outcome.code, outcome.out) == (1, "")
+    assert "model-00002.safetensors" in outcome.err
+    assert "Traceback" not in outcome.err

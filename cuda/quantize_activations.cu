@@ -303,16 +303,20 @@ __device__ __forceinline__ void encode_body(unsigned (&codes)[channels_per_lane]
     }
   } else {
     float scale;
+    unsigned stored;
     if (scales == FP16_GROUP) {
-      unsigned short stored = float_to_half(__fmul_rn(range.high, factors.group));
-      scale = half_to_float(stored);
-      if (stores_scale) *reinterpret_cast<unsigned short*>(group_scale) = stored;
+      stored = float_to_half(__fmul_rn(range.high, factors.group));
+      scale = half_to_float((unsigned short)stored);
     } else {
       float absmax = __fmul_rn(range.high, factors.clip);
       float ratio = __fmul_rn(__fmul_rn(absmax, per_e2m1), token_inverse);
-      unsigned stored = scales == E8M0_GROUP ? e8m0_code(absmax) : e4m3_code(fminf(ratio, 448.0f));
+      stored = scales == E8M0_GROUP ? e8m0_code(absmax) : e4m3_code(fminf(ratio, 448.0f));
       scale = scales == E8M0_GROUP ? e8m0_value(stored) : __fmul_rn(e4m3_value(stored), token_scale);
-      if (stores_scale) *group_scale = (unsigned char)stored;
+    }
+    if (stores_scale) {
+      if (container == E4M3) *reinterpret_cast<float*>(group_scale) = scale;
+      else if (scales == FP16_GROUP) *reinterpret_cast<unsigned short*>(group_scale) = (unsigned short)stored;
+      else *group_scale = (unsigned char)stored;
     }
     float inverse = reciprocal_or_zero(scale);
 #pragma unroll
@@ -357,7 +361,8 @@ __device__ __forceinline__ size_t nibble_address(int block, int position, int to
 // x, other (residual or up): rows of `channels`, strides in elements. norm_weight (channels,). table (blocks * 128,): the
 // source of each operand channel, `channels` for padding, with the sign in the top bit. residual_out receives x + other,
 // row_out (or null) what the layer's input is before the transform. operand: body k-blocks, outlier_operand: theirs.
-// token_scale, outlier_scale (padded_tokens,) fp32; group_scales (groups, padded_tokens) fp16 or bytes.
+// token_scale, outlier_scale (padded_tokens,) fp32; group_scales (groups, padded_tokens): as stored, fp16 or
+// bytes, and for the e4m3 container what they are worth, fp32.
 // CTAs past `tokens` fill the padding rows with zeros.
 extern "C" __global__ void __launch_bounds__(THREADS)
 quantize_activations(const Input* x, const Input* other, const Input* norm_weight, const Index* table, Input* residual_out, Input* row_out,
@@ -415,7 +420,7 @@ quantize_activations(const Input* x, const Input* other, const Input* norm_weigh
     token_scale[token] = body_scale;
     outlier_scale[token] = outliers_scale;
   }
-  constexpr int scale_bytes = scales == FP16_GROUP ? 2 : 1;
+  constexpr int scale_bytes = container == E4M3 ? 4 : scales == FP16_GROUP ? 2 : 1;
   constexpr bool has_group_scales = scales == FP16_GROUP || scales == E8M0_GROUP || scales == E4M3_GROUP;
 #pragma unroll 1
   for (int pass = 0; pass < passes; pass++) {

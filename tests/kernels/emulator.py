@@ -26,15 +26,15 @@ OPTIONS = ("-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-ffp-contract=off", "
 @functools.cache
 def _build(file: str, entry: str, defines: tuple[tuple[str, int | str], ...]) -> ctypes.CDLL:
     sources = {path.name: path.read_text() for path in resource_directory("cuda").glob("*.cu*")}
-    sources |= {path.name: path.read_text() for path in HOST.iterdir()}
-    # A block-scope extern array is the emulator's shared memory; device headers that have a host version are left out.
-    text = re.sub(r"extern __shared__[^;]*shared_bytes\[\];", "", sources[file])
+    sources |= {path.name: path.read_text() for path in HOST.iterdir()}  # in place of instructions of one architecture
+    # The block's dynamic shared memory is an array of the emulator.
+    sources = {name: re.sub(r"extern __shared__[^;]*shared_bytes\[\];", "", text) for name, text in sources.items()}
     with tempfile.TemporaryDirectory(prefix="atom-emulator-") as folder:
         for name, content in sources.items():
             (Path(folder) / name).write_text(content)
         main = Path(folder) / "main.cpp"
         main.write_text(
-            f"{text}\nextern \"C\" void run(unsigned x, unsigned y, unsigned z, unsigned threads, void** arguments) "
+            f"{sources[file]}\nextern \"C\" void run(unsigned x, unsigned y, unsigned z, unsigned threads, void** arguments) "
             f"{{ host::launch({entry}, {{x, y, z}}, threads, arguments); }}\n"
         )
         library = Path(folder) / f"lib{hashlib.sha256(repr(defines).encode()).hexdigest()[:16]}.so"

@@ -95,13 +95,16 @@ def assert_equal(operand: Operand, expected: QuantizedActivations, container: st
     assert not codes[tokens:].any() or format.scale == "two_level"
     if format.scale in ("row", "two_level", "e4m3"):
         assert torch.equal(operand.token_scale[:tokens], expected.token_scale)
-    if expected.group_scales is not None:
-        groups = expected.group_scales.shape[1]
-        stored = operand.group_scales.view(torch.uint8 if format.scale != "fp16" else torch.int16)
-        assert torch.equal(stored[:groups, :tokens].T, expected.group_scales.view(stored.dtype))
     if expected.outlier_codes is not None:
         outlier_blocks = operand.outlier_codes if container == "nibble" else operand.codes[blocks:]
         outlier_codes, padding = plain(outlier_blocks, expected.outlier_codes.shape[1])
         assert torch.equal(outlier_codes[:tokens], expected.outlier_codes)
         assert not padding.any()
         assert torch.equal(operand.outlier_scale[:tokens], expected.outlier_scale)
+    if expected.group_scales is not None:
+        groups = expected.group_scales.shape[1]
+        if container == "e4m3":
+            assert torch.equal(operand.group_scales[:groups, :tokens].T, expected.scales())
+            return
+        stored = operand.group_scales.view(torch.uint8 if format.scale != "fp16" else torch.int16)
+        assert torch.equal(stored[:groups, :tokens].T, expected.group_scales.view(stored.dtype))

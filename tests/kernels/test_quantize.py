@@ -11,6 +11,7 @@ from atomcli.kernels import quantize as quantization
 from atomcli.kernels.compiler import compile_source
 from atomcli.kernels.quantize import Operand, prepare_layout
 from tests.kernels import quantize_cases as cases
+from tests.kernels.disassembly import compiles
 from tests.kernels.emulator import COMPILER, HostKernel
 
 emulated = pytest.mark.skipif(COMPILER is None, reason="the emulator needs g++")
@@ -129,6 +130,7 @@ def test_silu_times_up_from_halves_of_one_tensor() -> None:
     cases.assert_equal(operand, cases.reference(row, scheme, layout), "s8")
 
 
+@compiles
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_compiles_without_spills(arch: str) -> None:
     formats = (SCHEMES["w4a8"], SCHEMES["w4a4"], SCHEMES["atom-paper"], SCHEMES["nvfp4"])

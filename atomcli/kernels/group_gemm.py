@@ -1,0 +1,187 @@
+"""GEMMs whose operands both carry a float scale per group: the paper's W4A4 as it is written, and the FP4 formats.
+
+y[t, n] = sum over groups of s_x[t, g] * s_w[n, g] * (sum of codes), plus the INT8 outliers' term. On sm_90a the codes are
+e4m3 bytes (cuda/gemm_groups_sm90a.cu); before, INT4 in groups of 128 runs on native INT4 MMAs (cuda/gemm_w4a4_exact_sm80.cu).
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from atomcli.formats.scheme import Scheme
+from atomcli.kernels.compiler import load_kernel
+from atomcli.kernels.group_layouts import CHANNELS, ROWS, Codes, PackedGroups
+from atomcli.kernels.quantize import Operand
+
+WEIGHT_SCALES = {"fp16": ("FP16", 2), "e8m0": ("E8M0", 1), "e4m3": ("E4M3", 1)}
+SHARED_LIMIT = 227 << 10  # of an SM of sm_90a
+
+
+class Shape(NamedTuple):
+    """A kernel of gemm_groups_sm90a.cu: what is compiled in, its threads, shared memory and output tile."""
+
+    defines: Mapping[str, int | str]
+    threads: int
+    shared_bytes: int
+    rows: int
+    tokens: int
+    blocks_per_sm: int
+
+
+def why_not(scheme: Scheme, arch: str) -> str | None:
+    """The reason why these kernels can't run `scheme` on `arch`, or None if they can."""
+    weights, activations = scheme.weights, scheme.activations
+    if weights.scale not in WEIGHT_SCALES or (weights.element, weights.group, weights.scale) != (
+        activations.element, activations.group, activations.scale,
+    ):  # fmt: skip
+        return "weights and activations need the same 4-bit format with a float scale per group"
+    if scheme.outliers > CHANNELS:
+        return f"at most {CHANNELS} outlier channels fit, the scheme has {scheme.outliers}"
+    if arch == "90a":
+        if weights.element == "int8" or (weights.scale == "fp16" and weights.group != CHANNELS):
+            return f"fp16 scales are read per {CHANNELS} channels of a 4-bit format"
+        return None
+    if int(arch.rstrip("a")) >= 90:
+        return f"there is no such kernel for sm_{arch}"
+    if (weights.element, weights.group) != ("int4", CHANNELS):
+        return f"before sm_90a only INT4 in groups of {CHANNELS} has a kernel"
+    return None
+
+
+def codes_for(arch: str) -> Codes:
+    """The code order that the kernel of `arch` reads; also the container its activations come in ("s4": nibbles)."""
+    return "e4m3" if arch == "90a" else "s4"
+
+
+def shape_for(tokens: int, scheme: Scheme, dtype: torch.dtype) -> Shape:
+    """The tile for `tokens` on sm_90a: tokens are padded to the MMA's width, few of them run on two blocks per SM."""
+    tile = next((n for n in (8, 16, 32, 64) if tokens <= n), 128)
+    small = tile <= 32
+    row_groups, stages = 2, {8: 9, 16: 8, 32: 6, 64: 11, 128: 7}[tile]
+    scale, scale_bytes = WEIGHT_SCALES[scheme.weights.scale]
+    assert scheme.weights.group is not None
+    groups = CHANNELS // scheme.weights.group
+    weight_bytes = ROWS * CHANNELS // 2 + ROWS * groups * scale_bytes
+    stage = -(-(tile * CHANNELS + groups * tile * 4 + row_groups * weight_bytes) // 1024) * 1024
+    fixed = 1024 + row_groups * 4 * min(tile, 32) * 48
+    limit = (SHARED_LIMIT - 2048) // (2 if small else 1)
+    stages = min(stages, (limit - fixed) // stage)
+    defines = {
+        "TOKENS": tile,
+        "PART_TOKENS": tile,
+        "ROW_GROUPS": row_groups,
+        "STAGES": stages,
+        "BLOCKS_PER_SM": 2 if small else 1,
+        "ELEMENT": scheme.weights.element.upper(),
+        "GROUP": scheme.weights.group,
+        "WEIGHT_SCALE": scale,
+        "OUTPUT": {torch.bfloat16: "Bfloat16", torch.float16: "Float16"}[dtype],
+    }
+    threads = row_groups * 128 + (32 if small else 128)
+    return Shape(defines, threads, fixed + stages * stage, row_groups * ROWS, tile, 2 if small else 1)
+
+
+class Workspace(NamedTuple):
+    """Where blocks that share a tile leave their sums: `partials` is scratch, `flags` is zero between launches."""
+
+    partials: Tensor
+    flags: Tensor
+
+
+_workspaces: dict[tuple[int | None, int, str], Workspace] = {}
+
+
+def workspace(device: torch.device, name: str, partial_floats: int, flags: int) -> Workspace:
+    """The workspace of this kind on the current stream; kernels of one stream run one after another and may share it."""
+    key = (device.index, torch.cuda.current_stream(device).cuda_stream, name)
+    found = _workspaces.get(key)
+    if found is None or found.partials.numel() < partial_floats or found.flags.numel() < flags:
+        found = Workspace(
+            torch.empty(partial_floats, dtype=torch.float32, device=device),
+            torch.zeros(flags, dtype=torch.int32, device=device),
+        )
+        _workspaces[key] = found
+    return found
+
+
+def multiply(
+    operand: Operand, weight: PackedGroups, scheme: Scheme, tokens: int, dtype: torch.dtype, bias: Tensor | None = None,
+    shape: Shape | None = None,
+) -> Tensor:  # fmt: skip
+    """y (tokens, rows) in `dtype`, bf16 or fp16, of quantized tokens and a packed weight; `bias` fp32 (rows,)."""
+    output = torch.empty((tokens, weight.rows), dtype=dtype, device=weight.blocks.device)
+    if tokens and weight.codes == "e4m3":
+        _multiply_sm90a(operand, weight, shape or shape_for(tokens, scheme, dtype), output, bias)
+    elif tokens:
+        _multiply_sm80(operand, weight, output, bias)
+    return output
+
+
+def _multiply_sm90a(operand: Operand, weight: PackedGroups, shape: Shape, output: Tensor, bias: Tensor | None) -> None:
+    device = output.device
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    row_tiles, token_tiles = -(-weight.rows // shape.rows), -(-output.shape[0] // shape.tokens)
+    blocks, padded = weight.blocks.shape[1], operand.token_scale.shape[0]
+    grid = processors * shape.blocks_per_sm
+    units = row_tiles * token_tiles * (blocks + (weight.outliers is not None))
+    grid = min(grid, max(1, units // 2))
+    # Whole rounds of tiles go to the blocks one each; what is left over, or all of a small problem, is split among them.
+    split_tiles = row_tiles * token_tiles % grid
+    row_groups = shape.rows // ROWS
+    scratch = workspace(device, "groups", grid * shape.rows * shape.tokens, grid * row_groups * 4)
+    kernel = load_kernel("gemm_groups_sm90a.cu", "gemm", device, shape.defines, shape.shared_bytes)
+    kernel.launch(
+        grid, shape.threads, weight.blocks, weight.outliers, operand.codes, operand.group_scales, weight.row_scale,
+        weight.outlier_scale, operand.outlier_scale, bias, output, scratch.partials, scratch.flags, weight.rows,
+        output.shape[0], padded, blocks, row_tiles, token_tiles, split_tiles, overlap=True,
+    )  # fmt: skip
+
+
+def tile_sm80(tokens: int, output: str, blocks: int, row_groups: int, processors: int) -> tuple[dict[str, int | str], int, int]:
+    """Defines, output rows of a tile and splits for the warp-MMA kernels: large tiles for many tokens, else split channels."""
+    if tokens > 64:
+        defines: dict[str, int | str] = {"ROW_WARPS": 4, "TOKEN_WARPS": 2, "ROW_TILES": 2, "TOKEN_TILES": 8, "STAGES": 3}
+    else:
+        tiles = next(n for n in (1, 2, 4, 8) if tokens <= 8 * n)
+        defines = {"ROW_WARPS": 4, "TOKEN_WARPS": 1, "ROW_TILES": 1, "TOKEN_TILES": tiles, "STAGES": 6 if tiles <= 4 else 4}
+    rows = int(defines["ROW_WARPS"]) * int(defines["ROW_TILES"]) * 16
+    tile_tokens = int(defines["TOKEN_WARPS"]) * int(defines["TOKEN_TILES"]) * 8
+    tiles = -(-row_groups * ROWS // rows) * -(-tokens // tile_tokens)
+    splits = max(1, min(processors * 4 // tiles, blocks // 4)) if tokens <= 64 else 1
+    return {**defines, "OUTPUT": output}, rows, splits
+
+
+def _multiply_sm80(operand: Operand, weight: PackedGroups, output: Tensor, bias: Tensor | None) -> None:
+    name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[output.dtype]
+    launch_sm80("gemm_w4a4_exact_sm80.cu", {}, weight.blocks, weight.outliers, operand, None, weight.outlier_scale, bias, output, name)
+
+
+def launch_sm80(
+    file: str, extra: Mapping[str, int | str], blocks: Tensor, outliers: Tensor | None, operand: Operand,
+    row_scale: Tensor | None, outlier_scale: Tensor | None, bias: Tensor | None, output: Tensor, output_name: str,
+) -> None:  # fmt: skip
+    """Launch a kernel of cuda/gemm_sm80.cuh; `blocks` (row groups, k-blocks, bytes) are the packed weights."""
+    device, (tokens, out_features) = output.device, output.shape
+    row_groups, k_blocks, weight_bytes = blocks.shape
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    defines, rows, splits = tile_sm80(tokens, output_name, k_blocks, row_groups, processors)
+    defines = {**defines, **extra}
+    warps = int(defines["ROW_WARPS"]) * int(defines["TOKEN_WARPS"])
+    tile_tokens = int(defines["TOKEN_WARPS"]) * int(defines["TOKEN_TILES"]) * 8
+    token_bytes = operand.codes.shape[2]
+    stage = rows // ROWS * weight_bytes + tile_tokens * token_bytes + (tile_tokens * 2 if token_bytes == 64 else 0)
+    ring = -(-stage // 128) * 128 * int(defines["STAGES"])
+    outlier_stage = rows // ROWS * ROWS * CHANNELS + tile_tokens * CHANNELS if outliers is not None else 0
+    staging = tile_tokens * (rows + 8) * 2
+    grid = (-(-out_features // rows), -(-tokens // tile_tokens), splits)
+    tiles = grid[0] * grid[1]
+    scratch = workspace(device, "sm80", tiles * splits * rows * tile_tokens if splits > 1 else 1, tiles)
+    outlier_codes = operand.outlier_codes if token_bytes == 64 else operand.codes[k_blocks:]
+    kernel = load_kernel(file, "gemm", device, defines, max(ring, outlier_stage, staging))
+    kernel.launch(
+        grid, warps * 32, blocks, outliers, operand.codes, outlier_codes, operand.group_scales, row_scale, outlier_scale,
+        operand.token_scale, operand.outlier_scale, bias, output, scratch.partials, scratch.flags, out_features, tokens,
+        operand.token_scale.shape[0], k_blocks,
+    )  # fmt: skip

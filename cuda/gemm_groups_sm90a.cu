@@ -1,0 +1,430 @@
+// 4-bit operands with float scales per group on both sides, exactly: y = sum over groups of s_x * s_w * (sum of codes),
+// for sm_90a. INT4 with fp16 scales is the paper's W4A4; E2M1 with fp16 scales per 128, E8M0 per 32 (MXFP4) or E4M3 per
+// 16 (NVFP4) are the FP4 formats. Both code sets are exact in e4m3, and so is the sum of a group.
+//
+// Weights are the A operand, unpacked in registers; activations, e4m3 bytes, come through shared memory. A producer feeds
+// a ring of stages, one k-block of 128 channels each; ROW_GROUPS warpgroups take 64 output channels each, multiply one
+// group at a time, and promote it: two float operations per output and group, which is what this kernel's time is made of
+// when there are many tokens. Splits of a tile are added in a fixed order: results do not change from run to run.
+#include "mma_e4m3.cuh"
+#include "numbers.cuh"
+#include "schedule.cuh"
+#include "store.cuh"
+#include "unpack.cuh"
+
+// TOKENS, PART_TOKENS, ROW_GROUPS, STAGES, BLOCKS_PER_SM, ELEMENT, GROUP, WEIGHT_SCALE and OUTPUT come from the compiler's command line.
+enum Element { INT4, E2M1 };
+enum WeightScale { FP16, E8M0, E4M3 };
+constexpr Element element = ELEMENT;
+constexpr WeightScale weight_scale = WEIGHT_SCALE;
+
+constexpr int WARPGROUP = 128;
+constexpr bool LARGE = BLOCKS_PER_SM == 1;  // registers move from a producer warpgroup to the consumers
+constexpr int THREADS = ROW_GROUPS * WARPGROUP + (LARGE ? WARPGROUP : 32);
+constexpr int PRODUCER_REGISTERS = ROW_GROUPS == 3 ? 32 : 40;
+constexpr int CONSUMER_REGISTERS = ROW_GROUPS == 3 ? 160 : 232;
+
+constexpr int GROUPS = BLOCK_K / GROUP;  // of a k-block
+constexpr int SCALE_BYTES = weight_scale == FP16 ? 2 : 1;
+constexpr int CODE_BYTES = BLOCK_ROWS * BLOCK_K / 2;
+constexpr int WEIGHT_BYTES = CODE_BYTES + BLOCK_ROWS * GROUPS * SCALE_BYTES;
+constexpr int OPERAND_BYTES = TOKENS * BLOCK_K;
+constexpr int TOKEN_SCALE_BYTES = GROUPS * TOKENS * 4;
+constexpr int STAGE_BYTES = (OPERAND_BYTES + TOKEN_SCALE_BYTES + ROW_GROUPS * WEIGHT_BYTES + 1023) / 1024 * 1024;
+constexpr int STORE_TOKENS = TOKENS < 32 ? TOKENS : 32;
+constexpr int STORE_PITCH = 48;  // 16 channels are 32 bytes; 48 keep stmatrix and the reads back free of bank conflicts
+constexpr int OUTLIER_TOKENS = TOKENS < 32 ? TOKENS : 32;  // tokens of one outlier MMA: its sums must fit beside the body's
+
+// Codes enter the MMA times 2^-9 (integers) or 2^-6 (E2M1) on both sides.
+constexpr float CODE_UNIT = element == INT4 ? 262144.f : 4096.f;
+
+struct Problem {
+    const uint8* weights;           // [row group of 64][block][WEIGHT_BYTES]
+    const uint8* outlier_weights;   // [row group][INT8_BLOCK_BYTES], or null
+    const uint8* activations;       // [block, the outliers' last][padded_tokens][128], swizzled; outliers are s8
+    const float* group_scales;      // [group][padded_tokens]
+    const float* row_scale;         // [rows], or null: the tensor scale of E4M3 scales
+    const float* outlier_row_scale;
+    const float* outlier_token_scale;
+    const float* bias;              // [rows], or null
+    uint16* output;                 // [tokens][rows]
+    float4* partials;               // one tile for each block of the grid
+    int* flags;                     // one for each warp of the grid's consumers, zero between launches
+    int rows, tokens, padded_tokens, blocks, row_tiles, token_tiles, split_tiles;
+
+    INLINE int units() const { return blocks + (outlier_weights ? 1 : 0); }
+    INLINE int first_token(int tile) const { return tile % token_tiles * TOKENS; }
+    INLINE int tile_tokens(int tile) const { return min(TOKENS, padded_tokens - first_token(tile)); }
+    // Rows past the last group repeat it; what they give is not stored.
+    INLINE long long row_group(int tile, int group) const { return min(tile / token_tiles * ROW_GROUPS + group, (rows - 1) / BLOCK_ROWS); }
+    INLINE int first_row(int tile, int group) const { return (tile / token_tiles * ROW_GROUPS + group) * BLOCK_ROWS; }
+    INLINE Schedule schedule() const { return Schedule(row_tiles * token_tiles, split_tiles, units(), blockIdx.x, gridDim.x); }
+};
+
+struct RingPosition {
+    int stage = 0;
+    uint32 parity = 0;
+
+    INLINE void advance() {
+        if (++stage == STAGES) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+struct Ring {
+    uint8* stages;
+    uint64 *full, *empty;
+
+    INLINE uint8* activations(int stage) const { return stages + stage * STAGE_BYTES; }
+    INLINE float* token_scales(int stage) const { return reinterpret_cast<float*>(activations(stage) + OPERAND_BYTES); }
+    INLINE uint8* weights(int stage, int row_group) const {
+        return activations(stage) + OPERAND_BYTES + TOKEN_SCALE_BYTES + row_group * WEIGHT_BYTES;
+    }
+    INLINE void wait_full(RingPosition at) const { barrier_wait(full[at.stage], at.parity); }
+    INLINE void wait_empty(RingPosition at) const { barrier_wait(empty[at.stage], at.parity ^ 1); }
+    INLINE void release(int stage, int lane) const {
+        __syncwarp();  // scales and weights were read by all lanes
+        if (lane == 0) barrier_arrive(empty[stage]);
+    }
+};
+
+// ------------------------------------------------------------------------------------------------------- load
+
+// The k-blocks this block's ring takes in, in order; unit `blocks` is the outliers.
+struct Walk {
+    Schedule schedule;
+    Segment segment{0, 0, 0};
+    int unit = -1;
+
+    INLINE explicit Walk(const Problem& problem) : schedule(problem.schedule()) {}
+
+    INLINE bool next() {
+        if (++unit < segment.last) return true;
+        if (!schedule.next(segment)) return false;
+        unit = segment.first;
+        return true;
+    }
+};
+
+struct Producer {
+    const Problem& problem;
+    const Ring ring;
+    const uint64 weight_policy, activation_policy;
+
+    // Outlier weights go from memory straight to registers: they are used once, by the one who finishes the tile.
+    INLINE void load_weights(const Walk& walk, int stage) const {
+        const int tokens = problem.tile_tokens(walk.segment.tile);
+        if (walk.unit == problem.blocks) {
+            barrier_arrive_expecting(ring.full[stage], tokens * BLOCK_K);
+            return;
+        }
+        barrier_arrive_expecting(ring.full[stage], tokens * BLOCK_K + GROUPS * tokens * 4 + ROW_GROUPS * WEIGHT_BYTES);
+#pragma unroll
+        for (int group = 0; group < ROW_GROUPS; ++group)
+            bulk_copy(ring.weights(stage, group),
+                      problem.weights + (problem.row_group(walk.segment.tile, group) * problem.blocks + walk.unit) * WEIGHT_BYTES,
+                      WEIGHT_BYTES, ring.full[stage], weight_policy);
+    }
+
+    INLINE void load_activations(const Walk& walk, int stage) const {
+        const int first = problem.first_token(walk.segment.tile), tokens = problem.tile_tokens(walk.segment.tile);
+        const long long rows = static_cast<long long>(walk.unit) * problem.padded_tokens + first;
+        bulk_copy(ring.activations(stage), problem.activations + rows * BLOCK_K, tokens * BLOCK_K, ring.full[stage], activation_policy);
+        if (walk.unit == problem.blocks) return;
+        for (int group = 0; group < GROUPS; ++group) {
+            const long long scales = static_cast<long long>(walk.unit * GROUPS + group) * problem.padded_tokens + first;
+            bulk_copy(ring.token_scales(stage) + group * TOKENS, problem.group_scales + scales, tokens * 4, ring.full[stage], activation_policy);
+        }
+    }
+
+    // Weights do not depend on the previous kernel: the first ring of them is on its way before that has ended.
+    INLINE void run() const {
+        Walk ahead(problem);
+        int loaded = 0;
+#pragma unroll 1
+        for (; loaded < STAGES && ahead.next(); ++loaded) load_weights(ahead, loaded);
+        wait_for_previous_kernel();
+        Walk walk(problem);
+        RingPosition at;
+#pragma unroll 1
+        for (int index = 0; walk.next(); ++index, at.advance()) {
+            if (index >= loaded) {
+                ring.wait_empty(at);
+                load_weights(walk, at.stage);
+            }
+            load_activations(walk, at.stage);
+        }
+    }
+};
+
+// ----------------------------------------------------------------------------------------------------- unpack
+
+// A byte holds a code of row g and one of row g + 8, {sign a, sign b, magnitude b (3 bits), magnitude a (3 bits)}.
+INLINE uint32 upper_row(uint32 word) {
+    return element == INT4 ? word & 0x87878787 : (word & 0x80808080) | (word << 2 & 0x1C1C1C1C);
+}
+INLINE uint32 lower_row(uint32 word) {
+    return (word << 1 & 0x80808080) | (element == INT4 ? word >> 3 & 0x07070707 : word >> 1 & 0x1C1C1C1C);
+}
+
+INLINE void unpack_codes(WeightFragment& fragment, const uint8* block, int thread) {
+    const uint4* packed = reinterpret_cast<const uint4*>(block) + thread;
+    const uint4 first = packed[0], second = packed[128];
+    const uint32 words[8] = {first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w};
+#pragma unroll
+    for (int word = 0; word < 8; ++word) {
+        fragment.step[word / 2][word % 2 * 2] = upper_row(words[word]);
+        fragment.step[word / 2][word % 2 * 2 + 1] = lower_row(words[word]);
+    }
+}
+
+INLINE float row_scale(const uint8* scales, int row, int group) {
+    const int index = row * GROUPS + group;
+    if (weight_scale == FP16) return to_float(reinterpret_cast<const fp16*>(scales)[index]);
+    return weight_scale == E8M0 ? e8m0_value(scales[index]) : e4m3_value(scales[index]);
+}
+
+// -------------------------------------------------------------------------------------------------- consumers
+
+struct Consumer {
+    const Problem& problem;
+    const Ring ring;
+    uint8* staging;  // this warp's output on its way from registers to memory
+    const int group, thread, warp, lane;
+    RingPosition at;
+
+    using Sums = float[TOKENS / 2];
+    using Part = float[PART_TOKENS / 2];  // one group's sums of some of the tokens
+
+    INLINE Consumer(const Problem& problem, const Ring& ring, uint8* shared, int group)
+        : problem(problem), ring(ring), group(group), thread(threadIdx.x % WARPGROUP), warp(thread / 32), lane(thread % 32) {
+        staging = shared + (group * 4 + warp) * STORE_TOKENS * STORE_PITCH;
+    }
+
+    // The MMAs of one group of channels, from zero. A k32 step spans two groups of 16: the other half of A is zero then.
+    INLINE void multiply(Part& part, const WeightFragment& fragment, uint64 operand, int index) const {
+        mma_fence();
+        if constexpr (GROUP == 16) {
+            const uint32(&step)[4] = fragment.step[index / 2];
+            const uint32 half[4] = {index % 2 ? 0 : step[0], index % 2 ? 0 : step[1], index % 2 ? step[2] : 0, index % 2 ? step[3] : 0};
+            mma_e4m3(part, half, operand + index / 2 * DESCRIPTOR_K32, 0);
+            mma_commit();
+            mma_wait_for(part);
+        } else {
+            constexpr int STEPS = GROUP / 32;
+#pragma unroll
+            for (int step = 0; step < STEPS; ++step)
+                mma_e4m3(part, fragment.step[index * STEPS + step], operand + (index * STEPS + step) * DESCRIPTOR_K32, step);
+            mma_commit();
+            mma_wait_for(part);
+        }
+    }
+
+    INLINE void promote_group(Sums& sums, const Part& part, int first, float upper, float lower, const float* token_scales) const {
+        const float2* scales = reinterpret_cast<const float2*>(token_scales + first) + lane % 4;
+#pragma unroll
+        for (int column = 0; column < PART_TOKENS / 8; ++column) {
+            const float2 scale = scales[column * 4];
+            float* sum = sums + first / 2 + column * 4;
+            sum[0] += upper * (scale.x * part[column * 4]);
+            sum[1] += upper * (scale.y * part[column * 4 + 1]);
+            sum[2] += lower * (scale.x * part[column * 4 + 2]);
+            sum[3] += lower * (scale.y * part[column * 4 + 3]);
+        }
+    }
+
+    INLINE void multiply_block(Sums& sums) {
+        ring.wait_full(at);
+        WeightFragment fragment;
+        const uint8* block = ring.weights(at.stage, group);
+        unpack_codes(fragment, block, thread);
+        const uint64 operand = operand_descriptor(ring.activations(at.stage));
+        const int row = warp * 16 + lane / 4;
+#pragma unroll
+        for (int index = 0; index < GROUPS; ++index) {
+            const float upper = row_scale(block + CODE_BYTES, row, index) * CODE_UNIT;
+            const float lower = row_scale(block + CODE_BYTES, row + 8, index) * CODE_UNIT;
+#pragma unroll
+            for (int first = 0; first < TOKENS; first += PART_TOKENS) {
+                Part part;
+                multiply(part, fragment, operand + first * DESCRIPTOR_ROW, index);
+                promote_group(sums, part, first, upper, lower, ring.token_scales(at.stage) + index * TOKENS);
+            }
+        }
+        ring.release(at.stage, lane);
+        at.advance();
+    }
+
+    // ---- splits of a tile meet in memory, warp by warp
+
+    INLINE float4* partial(int block) const { return problem.partials + ((block * ROW_GROUPS + group) * 4 + warp) * (TOKENS / 8 * 32) + lane; }
+    INLINE int* flag(int block) const { return problem.flags + (block * ROW_GROUPS + group) * 4 + warp; }
+
+    INLINE void give(const Sums& sums) const {
+        float4* target = partial(blockIdx.x);
+#pragma unroll
+        for (int i = 0; i < TOKENS / 8; ++i) __stcg(target + i * 32, make_float4(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]));
+        __syncwarp();
+        if (lane == 0) raise_flag(flag(blockIdx.x));
+    }
+
+    // Adds what the blocks before this one have summed of the tile whose first unit is `tile_begin`, nearest first.
+    INLINE void take(Sums& sums, int tile_begin) const {
+        const int total = problem.split_tiles * problem.units();
+        int begin = Schedule::run_begin(total, blockIdx.x, gridDim.x);
+        for (int block = blockIdx.x - 1; begin > tile_begin; --block) {
+            const int end = begin;
+            begin = Schedule::run_begin(total, block, gridDim.x);
+            if (begin == end) continue;
+            wait_for_flag(flag(block));
+            const float4* source = partial(block);
+#pragma unroll
+            for (int i = 0; i < TOKENS / 8; ++i) {
+                const float4 other = __ldcg(source + i * 32);
+                sums[4 * i] += other.x;
+                sums[4 * i + 1] += other.y;
+                sums[4 * i + 2] += other.z;
+                sums[4 * i + 3] += other.w;
+            }
+            __syncwarp();
+            if (lane == 0) *flag(block) = 0;
+        }
+    }
+
+    // ---- what finishes a tile
+
+    INLINE float per_row(const float* values, int row, float otherwise) const { return values && row < problem.rows ? values[row] : otherwise; }
+
+    INLINE void scale_rows(Sums& sums, int row) const {
+        const float upper = per_row(problem.row_scale, row, 1.f), lower = per_row(problem.row_scale, row + 8, 1.f);
+#pragma unroll
+        for (int i = 0; i < TOKENS / 2; ++i) sums[i] *= i / 2 % 2 ? lower : upper;
+    }
+
+    INLINE void add_outliers(Sums& sums, int tile, int row) {
+        WeightFragment fragment;
+        unpack_int8(fragment, problem.outlier_weights + problem.row_group(tile, group) * INT8_BLOCK_BYTES, thread);
+        const float upper = per_row(problem.outlier_row_scale, row, 0.f), lower = per_row(problem.outlier_row_scale, row + 8, 0.f);
+        ring.wait_full(at);
+        const uint64 operand = operand_descriptor(ring.activations(at.stage));
+#pragma unroll
+        for (int chunk = 0; chunk < TOKENS / OUTLIER_TOKENS; ++chunk) {
+            int part[OUTLIER_TOKENS / 2];
+#pragma unroll
+            for (int i = 0; i < OUTLIER_TOKENS / 2; ++i) part[i] = 0;
+            mma_fence();
+#pragma unroll
+            for (int step = 0; step < 4; ++step)
+                mma(part, fragment.step[step], operand + chunk * OUTLIER_TOKENS * DESCRIPTOR_ROW + step * DESCRIPTOR_K32);
+            mma_commit();
+            mma_wait_for(part);
+#pragma unroll
+            for (int i = 0; i < OUTLIER_TOKENS / 2; ++i) {
+                const int token = problem.first_token(tile) + chunk * OUTLIER_TOKENS + i / 4 * 8 + lane % 4 * 2 + i % 2;
+                const float scale = problem.outlier_token_scale[min(token, problem.padded_tokens - 1)];
+                sums[chunk * OUTLIER_TOKENS / 2 + i] += static_cast<float>(part[i]) * (i / 2 % 2 ? lower : upper) * scale;
+            }
+        }
+        ring.release(at.stage, lane);
+        at.advance();
+    }
+
+    INLINE void store(const Sums& sums, int tile, int first_row) const {
+        const float upper = per_row(problem.bias, first_row + lane / 4, 0.f), lower = per_row(problem.bias, first_row + lane / 4 + 8, 0.f);
+        constexpr int TOGETHER = STORE_TOKENS == 8 ? 1 : 2;  // groups of 8 tokens in one stmatrix
+#pragma unroll
+        for (int offset = 0; offset < TOKENS; offset += STORE_TOKENS) {
+#pragma unroll
+            for (int column = 0; column < STORE_TOKENS / 8; column += TOGETHER) {
+                uint32 matrix[2 * TOGETHER];
+#pragma unroll
+                for (int i = 0; i < TOGETHER; ++i) {
+                    const float* sum = sums + (offset / 8 + column + i) * 4;
+                    matrix[2 * i] = OUTPUT::pack(sum[0] + upper, sum[1] + upper);
+                    matrix[2 * i + 1] = OUTPUT::pack(sum[2] + lower, sum[3] + lower);
+                }
+                store_matrices(staging + ((column + lane / 16 % TOGETHER) * 8 + lane % 8) * STORE_PITCH + lane / 8 % 2 * 16, matrix);
+            }
+            __syncwarp();
+            store_rows(first_row, problem.first_token(tile) + offset);
+            __syncwarp();
+        }
+    }
+
+    // This warp's 16 channels of STORE_TOKENS tokens: two lanes to a token, 16 bytes each.
+    INLINE void store_rows(int first_row, int first_token) const {
+#pragma unroll
+        for (int i = 0; i < (STORE_TOKENS * 2 + 31) / 32; ++i) {
+            const int index = i * 32 + lane, token = first_token + index / 2, row = first_row + index % 2 * 8;
+            if (index >= STORE_TOKENS * 2 || token >= problem.tokens || row >= problem.rows) continue;
+            const uint8* source = staging + index / 2 * STORE_PITCH + index % 2 * 16;
+            uint16* destination = problem.output + static_cast<long long>(token) * problem.rows + row;
+            if (problem.rows % 8 == 0) {
+                *reinterpret_cast<uint4*>(destination) = *reinterpret_cast<const uint4*>(source);
+            } else {
+                for (int j = 0; j < min(8, problem.rows - row); ++j) destination[j] = reinterpret_cast<const uint16*>(source)[j];
+            }
+        }
+    }
+
+    INLINE void run() {
+        Schedule schedule = problem.schedule();
+        Segment segment;
+#pragma unroll 1
+        while (schedule.next(segment)) {
+            Sums sums;
+#pragma unroll
+            for (int i = 0; i < TOKENS / 2; ++i) sums[i] = 0.f;
+            const int last = min(segment.last, problem.blocks);
+#pragma unroll 1
+            for (int block = segment.first; block < last; ++block) multiply_block(sums);
+            if (segment.last < problem.units()) {
+                give(sums);
+                continue;
+            }
+            const int split_tile = segment.tile - schedule.whole;
+            if (split_tile >= 0 && segment.first > 0) take(sums, split_tile * schedule.units);
+            const int first_row = problem.first_row(segment.tile, group) + warp * 16;
+            if (problem.row_scale) scale_rows(sums, first_row + lane / 4);
+            if (problem.outlier_weights) add_outliers(sums, segment.tile, first_row + lane / 4);
+            store(sums, segment.tile, first_row);
+        }
+    }
+};
+
+// --------------------------------------------------------------------------------------------------- kernel
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
+gemm(const uint8* weights, const uint8* outlier_weights, const uint8* activations, const float* group_scales, const float* row_scale,
+     const float* outlier_row_scale, const float* outlier_token_scale, const float* bias, uint16* output, float4* partials, int* flags,
+     int rows, int tokens, int padded_tokens, int blocks, int row_tiles, int token_tiles, int split_tiles) {
+    extern __shared__ uint8 memory[];
+    __shared__ uint64 full[STAGES], empty[STAGES];
+    // An offset, not a rounded pointer: a pointer that went through an integer is no longer known to be shared.
+    uint8* shared = memory + (1024 - shared_address(memory) % 1024) % 1024;
+    const Problem problem{weights, outlier_weights, activations, group_scales, row_scale, outlier_row_scale, outlier_token_scale, bias,
+                          output, partials, flags, rows, tokens, padded_tokens, blocks, row_tiles, token_tiles, split_tiles};
+    const Ring ring{shared, full, empty};
+    const int group = __shfl_sync(~0u, threadIdx.x / WARPGROUP, 0);  // the same in a warp, and known to be
+
+    allow_next_kernel();
+    if (threadIdx.x == 0) {
+        for (int stage = 0; stage < STAGES; ++stage) {
+            barrier_init(full[stage], 1);
+            barrier_init(empty[stage], ROW_GROUPS * 4);
+        }
+        barrier_init_fence();
+    }
+    __syncthreads();
+
+    if (group == ROW_GROUPS) {
+        if (LARGE) give_registers<PRODUCER_REGISTERS>();
+        if (threadIdx.x == ROW_GROUPS * WARPGROUP)
+            Producer{problem, ring, token_tiles > 1 ? policy_evict_last() : policy_evict_first(), policy_evict_last()}.run();
+    } else {
+        if (LARGE) take_registers<CONSUMER_REGISTERS>();
+        Consumer(problem, ring, shared + STAGES * STAGE_BYTES, group).run();
+    }
+}

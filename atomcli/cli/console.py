@@ -48,6 +48,7 @@ class Console:
     color: bool = True
     debug: bool = False
     after_interruption: str | None = None  # what to tell someone who presses Ctrl-C now
+    screen: Any = None  # while a bar moves on stderr, the rich console that it moves on
     _document: dict[str, Any] | None = None
 
     def result(self, document: Mapping[str, Any], *human: "str | Table") -> None:
@@ -93,6 +94,11 @@ class Console:
         return not self.quiet and is_terminal(sys.stderr) and os.environ.get("TERM") != "dumb"
 
     def _write(self, stream: TextIO, line: str) -> None:
+        if self.screen is not None and stream is sys.stderr:
+            from rich.text import Text
+
+            self.screen.print(Text.from_ansi(line), soft_wrap=True)
+            return
         stream.write(line + "\n")
         stream.flush()
 

@@ -39,9 +39,7 @@ class Progress:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+        self._hide()
 
     def begin(self, stage: str, total: int, unit: str = "block") -> None:
         """A new stage of `total` steps of one `unit` each; ends the one before."""
@@ -49,8 +47,9 @@ class Progress:
         self._stage, self._total, self._unit = stage, total, unit
         self._started = self._spoken = time.monotonic()
         if console.live:
-            self._live = self._live or _bar()
+            self._live = _bar()
             self._live.start()
+            console.screen = self._live.console
             self._task = self._live.add_task(stage, total=total, state="")
 
     def advance(self, done: int, detail: str = "") -> None:
@@ -69,10 +68,7 @@ class Progress:
             return
         took = f"{self._stage}: {self._total} {self._unit}{'s' * (self._total != 1)} in {self._elapsed()}"
         self._stage = ""
-        if self._live is not None:
-            self._live.remove_task(self._task)
-            self._live.stop()
-            self._live = None
+        self._hide()
         console.note(took)
 
     def counter(self, stage: str, unit: str) -> Callable[[int, int], None]:
@@ -89,13 +85,20 @@ class Progress:
 
         return report
 
+    def _hide(self) -> None:
+        if self._live is not None:
+            self._live.remove_task(self._task)
+            self._live.stop()
+            self._live = console.screen = None
+
     def _elapsed(self) -> str:
         return duration(time.monotonic() - self._started)
 
     def _state(self, done: int, detail: str) -> str:
         elapsed = time.monotonic() - self._started
         parts = [detail] if detail else []
-        parts.append(duration(elapsed))
+        if self._live is None:
+            parts.append(duration(elapsed))
         if 0 < done < self._total:
             parts.append(f"{duration(elapsed / done * (self._total - done))} left")
         parts.append(memory_text())
@@ -105,7 +108,7 @@ class Progress:
 def _bar() -> Any:
     """Rich's bar on stderr; it follows the color setting and leaves nothing behind."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as RichProgress
 
     screen = Console(stderr=True, no_color=not console.color, highlight=False)
@@ -114,6 +117,7 @@ def _bar() -> Any:
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
+        TimeElapsedColumn(),
         TextColumn("{task.fields[state]}"),
         console=screen,
         transient=True,

@@ -25,7 +25,8 @@ INLINE void copy_bytes(uint8* destination, const uint8* source, int bytes) {
     for (int at = threadIdx.x * 16; at < bytes; at += THREADS * 16) copy_async(destination + at, source + at);
 }
 
-// `tokens` rows of `bytes` each; rows past the padded tokens read as zero.
+// A row of `bytes` per token; those past the padded tokens read as zero. 16 bytes of short rows are eight tokens at most,
+// and padded tokens come in eights.
 INLINE void copy_rows(uint8* destination, const uint8* source, int bytes, int first, int padded_tokens) {
     for (int at = threadIdx.x * 16; at < TOKENS * bytes; at += THREADS * 16) {
         const bool inside = first + at / bytes < padded_tokens;
@@ -48,12 +49,9 @@ struct Tile {
                            Body::WEIGHT_BYTES);
             copy_rows(stage + WEIGHTS_OF_STAGE, problem.activations + rows * Body::TOKEN_BYTES, Body::TOKEN_BYTES, first_token,
                       problem.padded_tokens);
-            if (Body::SCALE_BYTES)
-                for (int token = threadIdx.x * 8; token < TOKENS; token += THREADS * 8) {  // padded tokens come in eights
-                    const bool inside = first_token + token < problem.padded_tokens;
-                    copy_async(stage + WEIGHTS_OF_STAGE + OPERAND_OF_STAGE + token * 2,
-                               problem.group_scales + (rows + (inside ? first_token + token : 0)) * 2, inside);
-                }
+            if constexpr (Body::SCALE_BYTES > 0)
+                copy_rows(stage + WEIGHTS_OF_STAGE + OPERAND_OF_STAGE, problem.group_scales + rows * Body::SCALE_BYTES, Body::SCALE_BYTES,
+                          first_token, problem.padded_tokens);
         }
         copy_commit();  // an empty group too: groups are counted
     }

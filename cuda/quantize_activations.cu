@@ -356,13 +356,19 @@ __device__ __forceinline__ size_t nibble_address(int block, int position, int to
   return row * 64 + (((position >> 5) ^ (token >> 1 & 3)) << 4) + (position >> 1 & 15);
 }
 
+// Scales lie by group, then token; beside nibbles a token's scales of one k-block stay together, as block-scaled MMAs take them.
+__device__ __forceinline__ size_t scale_address(int block, int group_of_block, int token, int padded_tokens) {
+  if (container == NIBBLE) return ((size_t)block * padded_tokens + token) * groups_per_block + group_of_block;
+  return (size_t)(block * groups_per_block + group_of_block) * padded_tokens + token;
+}
+
 // --------------------------------------------------------------------------------------------------- kernel
 
 // x, other (residual or up): rows of `channels`, strides in elements. norm_weight (channels,). table (blocks * 128,): the
 // source of each operand channel, `channels` for padding, with the sign in the top bit. residual_out receives x + other,
 // row_out (or null) what the layer's input is before the transform. operand: body k-blocks, outlier_operand: theirs.
-// token_scale, outlier_scale (padded_tokens,) fp32; group_scales (groups, padded_tokens): as stored, fp16 or
-// bytes, and for the e4m3 container what they are worth, fp32.
+// token_scale, outlier_scale (padded_tokens,) fp32; group_scales (groups, padded_tokens), beside nibbles
+// (k-blocks, padded_tokens, groups of a block): as stored, fp16 or bytes, and for the e4m3 container what they are worth, fp32.
 // CTAs past `tokens` fill the padding rows with zeros.
 extern "C" __global__ void __launch_bounds__(THREADS)
 quantize_activations(const Input* x, const Input* other, const Input* norm_weight, const Index* table, Input* residual_out, Input* row_out,
@@ -434,7 +440,7 @@ quantize_activations(const Input* x, const Input* other, const Input* norm_weigh
       if (block >= shape.blocks) continue;
       unsigned codes[channels_per_lane];
       if (block < shape.body_blocks) {
-        size_t scale_index = (size_t)(block * groups_per_block + position / group) * padded_tokens + token;
+        size_t scale_index = scale_address(block, position / group, token, padded_tokens);
         encode_body(codes, values[i], ranges[i], body_scale, body_inverse, factors, group_scales + scale_index * scale_bytes,
                     has_group_scales && position % group == 0);
         if (scales == TWO_LEVEL_ASYMMETRIC) {  // a zero channel of a ragged group has a level too, but its weight does not exist

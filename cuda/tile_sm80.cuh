@@ -16,7 +16,7 @@ struct Problem {
     const uint8* outlier_weights;      // [row group][INT8_BLOCK_BYTES], or null
     const uint8* activations;          // [block][padded_tokens][TOKEN_BYTES], swizzled
     const uint8* outlier_activations;  // [padded_tokens][128], swizzled
-    const uint8* group_scales;         // [block][padded_tokens] fp16, where SCALE_BYTES is not zero
+    const uint8* group_scales;         // [block][padded_tokens][SCALE_BYTES]
     const float* row_scale;            // [rows]
     const float* outlier_row_scale;
     const float* token_scale;          // [padded_tokens]

@@ -1,7 +1,8 @@
 """GEMMs whose operands both carry a float scale per group: the paper's W4A4 as it is written, and the FP4 formats.
 
 y[t, n] = sum over groups of s_x[t, g] * s_w[n, g] * (sum of codes), plus the INT8 outliers' term. On sm_90a the codes are
-e4m3 bytes (cuda/gemm_groups_sm90a.cu); before, INT4 in groups of 128 runs on native INT4 MMAs (cuda/gemm_w4a4_exact_sm80.cu).
+e4m3 bytes (cuda/gemm_groups_sm90a.cu). Elsewhere they are nibbles: INT4 in groups of 128 runs on native INT4 MMAs before
+sm_90 and on INT8 ones after (cuda/gemm_w4a4_exact_sm80.cu), FP4 on the block-scaled MMAs of sm_120a (cuda/gemm_fp4_sm120a.cu).
 """
 
 from collections.abc import Mapping
@@ -43,10 +44,12 @@ def why_not(scheme: Scheme, arch: str) -> str | None:
         if weights.element == "int8" or (weights.scale == "fp16" and weights.group != CHANNELS):
             return f"fp16 scales are read per {CHANNELS} channels of a 4-bit format"
         return None
-    if int(arch.rstrip("a")) >= 90:
-        return f"there is no such kernel for sm_{arch}"
-    if (weights.element, weights.group) != ("int4", CHANNELS):
-        return f"before sm_90a only INT4 in groups of {CHANNELS} has a kernel"
+    if weights.element == "int8":
+        return "INT8 weights have one scale per row"
+    if weights.element == "e2m1" and arch != "120a":
+        return f"FP4 needs sm_90a or sm_120a, there is no kernel for sm_{arch}"
+    if weights.scale == "fp16" and weights.group != CHANNELS:
+        return f"fp16 scales are read per {CHANNELS} channels"
     return None
 
 
@@ -115,7 +118,7 @@ def multiply(
     if tokens and weight.codes == "e4m3":
         _multiply_sm90a(operand, weight, shape or shape_for(tokens, scheme, dtype), output, bias)
     elif tokens:
-        _multiply_sm80(operand, weight, output, bias)
+        _multiply_nibbles(operand, weight, scheme, output, bias)
     return output
 
 
@@ -153,25 +156,35 @@ def tile_sm80(tokens: int, output: str, blocks: int, row_groups: int, processors
     return {**defines, "OUTPUT": output}, rows, splits
 
 
-def _multiply_sm80(operand: Operand, weight: PackedGroups, output: Tensor, bias: Tensor | None) -> None:
-    name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[output.dtype]
-    launch_sm80("gemm_w4a4_exact_sm80.cu", {}, weight.blocks, weight.outliers, operand, None, weight.outlier_scale, bias, output, name)
+def _multiply_nibbles(operand: Operand, weight: PackedGroups, scheme: Scheme, output: Tensor, bias: Tensor | None) -> None:
+    file, defines = nibble_kernel(scheme)
+    launch_sm80(file, defines, weight.blocks, weight.outliers, operand, weight.row_scale, weight.outlier_scale, bias, output)
+
+
+def nibble_kernel(scheme: Scheme) -> tuple[str, dict[str, int | str]]:
+    """The source and the defines, beside the tile's, of the kernel that reads a scheme's codes as nibbles."""
+    if scheme.weights.element == "int4":
+        return "gemm_w4a4_exact_sm80.cu", {}
+    assert scheme.weights.group is not None
+    return "gemm_fp4_sm120a.cu", {"GROUP": scheme.weights.group}
 
 
 def launch_sm80(
     file: str, extra: Mapping[str, int | str], blocks: Tensor, outliers: Tensor | None, operand: Operand,
-    row_scale: Tensor | None, outlier_scale: Tensor | None, bias: Tensor | None, output: Tensor, output_name: str,
+    row_scale: Tensor | None, outlier_scale: Tensor | None, bias: Tensor | None, output: Tensor,
 ) -> None:  # fmt: skip
     """Launch a kernel of cuda/gemm_sm80.cuh; `blocks` (row groups, k-blocks, bytes) are the packed weights."""
     device, (tokens, out_features) = output.device, output.shape
     row_groups, k_blocks, weight_bytes = blocks.shape
     processors = torch.cuda.get_device_properties(device).multi_processor_count
+    output_name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[output.dtype]
     defines, rows, splits = tile_sm80(tokens, output_name, k_blocks, row_groups, processors)
     defines = {**defines, **extra}
     warps = int(defines["ROW_WARPS"]) * int(defines["TOKEN_WARPS"])
     tile_tokens = int(defines["TOKEN_WARPS"]) * int(defines["TOKEN_TILES"]) * 8
     token_bytes = operand.codes.shape[2]
-    stage = rows // ROWS * weight_bytes + tile_tokens * token_bytes + (tile_tokens * 2 if token_bytes == 64 else 0)
+    scale_bytes = operand.group_scales[0, 0].nbytes if token_bytes == 64 else 0
+    stage = rows // ROWS * weight_bytes + tile_tokens * (token_bytes + scale_bytes)
     ring = -(-stage // 128) * 128 * int(defines["STAGES"])
     outlier_stage = rows // ROWS * ROWS * CHANNELS + tile_tokens * CHANNELS if outliers is not None else 0
     staging = tile_tokens * (rows + 8) * 2

@@ -107,4 +107,6 @@ def assert_equal(operand: Operand, expected: QuantizedActivations, container: st
             assert torch.equal(operand.group_scales[:groups, :tokens].T, expected.scales())
             return
         stored = operand.group_scales.view(torch.uint8 if format.scale != "fp16" else torch.int16)
+        if container == "nibble":
+            stored = stored.transpose(1, 2).flatten(0, 1)
         assert torch.equal(stored[:groups, :tokens].T, expected.group_scales.view(stored.dtype))

@@ -21,8 +21,8 @@ SM80 = "gemm_w4a4_exact_sm80.cu"
 TILE = {"ROW_WARPS": 4, "TOKEN_WARPS": 1, "ROW_TILES": 1, "TOKEN_TILES": 2, "STAGES": 3, "OUTPUT": "float"}
 
 
-def emulate_sm80(x: Tensor, weight: QuantizedWeight, layout, splits: int, bias: Tensor | None, **defines: int) -> Tensor:
-    """The native INT4 kernel on the emulator; poisoned output and workspace."""
+def emulate(x: Tensor, weight: QuantizedWeight, layout, splits: int, bias: Tensor | None, **extra: int) -> Tensor:
+    """The kernel that reads nibbles on the emulator; poisoned output and workspace."""
     scheme = weight.scheme
     operand, _, _ = run(x, scheme, layout, container="nibble")
     packed = pack_groups(weight, "s4")
@@ -32,9 +32,10 @@ def emulate_sm80(x: Tensor, weight: QuantizedWeight, layout, splits: int, bias: 
     y = torch.full((tokens, rows), float("nan"))
     partials = torch.full((grid[0] * grid[1] * splits * 64 * 16,), float("nan"))
     counters = torch.zeros(grid[0] * grid[1], dtype=torch.int32)
-    HostKernel(SM80, "gemm", {**TILE, **defines}).launch(
-        grid, 128, packed.blocks, packed.outliers, operand.codes, operand.outlier_codes, operand.group_scales, None,
-        packed.outlier_scale, None, operand.outlier_scale, bias, y, partials, counters, rows, tokens, padded, blocks,
+    file, defines = group_gemm.nibble_kernel(scheme)
+    HostKernel(file, "gemm", {**TILE, **defines, **extra}).launch(
+        grid, 128, packed.blocks, packed.outliers, operand.codes, operand.outlier_codes, operand.group_scales,
+        packed.row_scale, packed.outlier_scale, operand.token_scale, operand.outlier_scale, bias, y, partials, counters, rows, tokens, padded, blocks,
     )  # fmt: skip
     assert not counters.any()
     return y
@@ -54,8 +55,20 @@ def test_native_int4(tokens: int, rows: int, channels: int, outliers: int, split
     sums = reference.integer_sums(activations, weight)
     expected = reference.linear_from_integers(sums, activations, weight, bias)
     defines = {} if native else {"EMULATED_INT4": 1}
-    y = emulate_sm80(x, weight, layout, splits, bias, **defines)
+    y = emulate(x, weight, layout, splits, bias, **defines)
     assert relative_error(y, expected) < 1e-6  # fp32 all the way
+
+
+@emulated
+@pytest.mark.parametrize("name", ["e2m1-g128", "mxfp4", "nvfp4-outliers"])
+def test_block_scaled_fp4(name: str) -> None:
+    torch.manual_seed(1)
+    scheme = GROUP_SCHEMES[name]
+    weight = random_group_weight(scheme, 70, 400)
+    layout = cases.random_layout(400, scheme.outliers, True, True, scheme.transform == "hadamard")
+    x = cases.random_rows(11, 400, torch.bfloat16)
+    expected = cases.reference(x, scheme, layout).dequantize().double() @ weight.dequantize().double().T
+    assert relative_error(emulate(x, weight, layout, 2, None), expected) < 1e-6
 
 
 def unpacked_e4m3(block: Tensor, is_e2m1: bool) -> Tensor:
@@ -129,6 +142,18 @@ def test_int4_is_native_before_hopper(arch: str, tokens: int, tmp_path) -> None:
 
 @compiles
 @disassembles
+@pytest.mark.parametrize("tokens", [8, 4096])
+@pytest.mark.parametrize("name", ["e2m1-g128", "mxfp4", "nvfp4"])
+def test_blackwell_multiplies_fp4(name: str, tokens: int, tmp_path) -> None:
+    file, defines = group_gemm.nibble_kernel(GROUP_SCHEMES[name])
+    tile, _, _ = group_gemm.tile_sm80(tokens, "bf16", 32, 64, 170)
+    program = compile_source(file, "120a", {**tile, **defines})
+    assert program.resources["gemm"].spill_bytes == 0
+    assert "OMMA.SF.16864" in sass(program.cubin, tmp_path)
+
+
+@compiles
+@disassembles
 @pytest.mark.parametrize("tokens", [1, 16, 32, 64, 1024])
 @pytest.mark.parametrize("name", ["int4-g128", "e2m1-g128", "mxfp4", "nvfp4"])
 def test_hopper_multiplies_e4m3(name: str, tokens: int, tmp_path) -> None:
@@ -144,6 +169,6 @@ def test_hopper_multiplies_e4m3(name: str, tokens: int, tmp_path) -> None:
 def test_reasons() -> None:
     assert group_gemm.why_not(SCHEMES["atom-paper"], "90a") is None
     assert group_gemm.why_not(SCHEMES["nvfp4"], "90a") is None
-    assert "INT4" in (group_gemm.why_not(SCHEMES["nvfp4"], "86") or "")
+    assert "sm_86" in (group_gemm.why_not(SCHEMES["nvfp4"], "86") or "")
     assert "same" in (group_gemm.why_not(SCHEMES["w4a8"], "90a") or "")
-    assert "sm_120a" in (group_gemm.why_not(SCHEMES["atom-paper"], "120a") or "")
+    assert group_gemm.why_not(SCHEMES["nvfp4"], "120a") is None

@@ -131,7 +131,8 @@ def calibrate(
         for index in range(len(journal.steps), walk.blocks):
             if index == 0:
                 stream.write(embedded(walk, tokens), "the embedding")
-            stream = _calibrate_block(walk, index, stream, directory)
+            with journal.same_threads():
+                stream = _calibrate_block(walk, index, stream, directory)
             journal.publish({"block": index})
             _stream(walk, tokens, directory, index).path.unlink(missing_ok=True)
             progress.advance(index + 1)

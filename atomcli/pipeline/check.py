@@ -133,7 +133,7 @@ def _reopened_block(directory: Path, plan: Plan, walk: Walk, index: int) -> nn.M
 
 def _shard(directory: Path, index: int | None) -> dict[str, Tensor]:
     file = TensorFile(directory / shard_file(index))
-    return {name: file.read(name) for name in file.entries}
+    return {name: file.read(name).clone() for name in file.entries}
 
 
 def _load(module: nn.Module, tensors: dict[str, Tensor], tied: bool = False) -> None:

@@ -95,21 +95,22 @@ def compress(
         if journal.steps:
             _LOG.info("continuing after block %d of %d", len(journal.steps), walk.blocks)
             _check_shards(directory, journal)
-        if artifact is None:
-            artifact = calibrate(
-                source, recipe, directory / _CALIBRATION, device=walk.device, progress=progress, tokens=tokens
-            )
-        road = _Road(walk, recipe, plan, artifact, directory)
-        progress.begin("quantize", walk.blocks)
-        progress.advance(len(journal.steps))
-        for index in range(len(journal.steps), walk.blocks):
-            journal.publish(road.block(index))
-            road.drop(index)
-            progress.advance(index + 1, f"error {_mean_error(journal.steps[-1]):.4f}")
-        progress.begin("verify", 1, "checkpoint")
-        report = _finish(road, journal, directory)
-        progress.advance(1)
-        progress.end()
+        with journal.same_threads():
+            if artifact is None:
+                artifact = calibrate(
+                    source, recipe, directory / _CALIBRATION, device=walk.device, progress=progress, tokens=tokens
+                )
+            road = _Road(walk, recipe, plan, artifact, directory)
+            progress.begin("quantize", walk.blocks)
+            progress.advance(len(journal.steps))
+            for index in range(len(journal.steps), walk.blocks):
+                journal.publish(road.block(index))
+                road.drop(index)
+                progress.advance(index + 1, f"error {_mean_error(journal.steps[-1]):.4f}")
+            progress.begin("verify", 1, "checkpoint")
+            report = _finish(road, journal, directory)
+            progress.advance(1)
+            progress.end()
         _publish(directory, out, overwrite)
     return report
 

@@ -6,7 +6,8 @@ doesn't. A crash therefore loses the step it interrupts and nothing else, and fi
 mean nothing.
 
 The journal begins with the run's identity: everything its result depends on (model, recipe, tokens, versions). A run
-continues only under the same identity; otherwise the difference is said.
+continues only under the same identity; otherwise the difference is said. It also keeps the number of threads the run
+was started with, which sums in floating point depend on, and continues with that.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from atomcli.checkpoint.files import read_json, write_error, write_json
 from atomcli.checkpoint.manifest import JOURNAL
@@ -56,8 +59,8 @@ def locked(directory: Path) -> Iterator[None]:
 class Journal:
     """The finished steps of one run, in order, each with the plain data that a later step or the report needs."""
 
-    def __init__(self, directory: Path, identity: dict[str, Any], steps: list[dict[str, Any]]) -> None:
-        self.directory, self.identity, self.steps = directory, identity, steps
+    def __init__(self, directory: Path, identity: dict[str, Any], threads: int, steps: list[dict[str, Any]]) -> None:
+        self.directory, self.identity, self.threads, self.steps = directory, identity, threads, steps
 
     @classmethod
     def open(cls, directory: Path, identity: Mapping[str, Any], restart: bool = False) -> Journal:
@@ -71,10 +74,10 @@ class Journal:
         if path.exists():
             data = read_json(path)
             if data.get("version") == _VERSION and data.get("identity") == wanted:
-                steps = data.get("steps")
-                if not isinstance(steps, list):
+                steps, threads = data.get("steps"), data.get("threads")
+                if not isinstance(steps, list) or not isinstance(threads, int):
                     raise InputError(f"{path} is damaged: it has no list of steps", f"delete {directory} and run again")
-                return cls(directory, wanted, steps)
+                return cls(directory, wanted, threads, steps)
             changed = "; ".join(differences(data.get("identity", {}), wanted)) or "the journal's version changed"
             if not restart:
                 raise UsageError(
@@ -83,7 +86,7 @@ class Journal:
                 )
             _LOG.warning("starting over in %s: %s", directory, changed)
         clear(directory)
-        journal = cls(directory, wanted, [])
+        journal = cls(directory, wanted, torch.get_num_threads(), [])
         journal._write()
         return journal
 
@@ -92,8 +95,21 @@ class Journal:
         self.steps.append(dict(step))
         self._write()
 
+    @contextmanager
+    def same_threads(self) -> Iterator[None]:
+        """Work with as many CPU threads as the run was started with, so that every sum is rounded as it was then."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
     def _write(self) -> None:
-        write_json(self.directory / JOURNAL, {"version": _VERSION, "identity": self.identity, "steps": self.steps})
+        write_json(
+            self.directory / JOURNAL,
+            {"version": _VERSION, "identity": self.identity, "threads": self.threads, "steps": self.steps},
+        )
 
 
 def clear(directory: Path) -> None:

@@ -42,7 +42,8 @@ class Walk:
     def read(self, index: int) -> dict[str, Tensor]:
         """The tensors of one block on the device, by their names in the block."""
         names = block_tensors(self.family, self.config, index)
-        return {name: self.source.read(disk).to(self.device) for name, disk in names.items()}
+        # The copy is aligned as torch aligns: products may differ in the last bit by where their operands lie.
+        return {name: self.source.read(disk).to(self.device, copy=True) for name, disk in names.items()}
 
     def forward(self, block: nn.Module, index: int, hidden: Tensor) -> Tensor:
         """Block `index` on hidden (sequences, tokens, hidden); the result stays on the device."""

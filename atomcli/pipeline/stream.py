@@ -46,7 +46,8 @@ class Stream:
                     if not read:
                         raise InputError(f"{self.path} ended while it was read", "run the same command again")
                     filled += read
-                yield torch.frombuffer(buffer, dtype=self.dtype).view(rows, *self.shape[1:])
+                # The copy is aligned as torch aligns: products may differ in the last bit by where their operands lie.
+                yield torch.frombuffer(buffer, dtype=self.dtype).view(rows, *self.shape[1:]).clone()
 
     def write(self, chunks: Iterator[Tensor], where: str) -> None:
         """Write the whole stream; `where` names what put it out. RunError when it is not finite or the disk is full."""

@@ -1,6 +1,7 @@
 """The journal: what is published is there, what changed is said, and nobody else writes."""
 
 import pytest
+import torch
 
 from atomcli.errors import InputError, UsageError
 from atomcli.pipeline.journal import LOCK, Journal, differences, locked
@@ -52,3 +53,16 @@ def test_a_lock_ends_with_its_holder(tmp_path):
         pass
     with locked(tmp_path):
         pass
+
+
+def test_a_run_continues_with_the_threads_it_was_started_with(tmp_path):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        Journal.open(tmp_path, IDENTITY)
+        torch.set_num_threads(1)
+        with Journal.open(tmp_path, IDENTITY).same_threads():
+            assert torch.get_num_threads() == 3
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)

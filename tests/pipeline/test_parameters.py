@@ -8,7 +8,7 @@ import torch
 from atomcli.kernels.reference import quantized_input
 from atomcli.pipeline.calibrate import calibrate
 from atomcli.pipeline.model import start_walk
-from atomcli.pipeline.parameters import Hessian, InputsSeen, fold, targets, watched
+from atomcli.pipeline.parameters import Hessian, InputsSeen, _enough, _pooled, fold, targets, watched
 from atomcli.pipeline.select import select
 from atomcli.runtime.decoder import build_block
 from atomcli.runtime.linear import QuantLinear
@@ -108,3 +108,21 @@ def test_hessians_are_of_the_inputs_that_the_product_sees(family, activations, p
     )
     assert experts == (27 * walk.config.num_experts_per_tok if family == "mixtral" else 0)
     assert all(block.get_submodule(name) is linear for name, linear in linears.items())
+
+
+def test_an_expert_that_saw_too_little_leans_on_the_others(prepared):
+    """Without a token of its own an expert is compensated as the average of all; with many, on its own inputs alone."""
+    walk, plan, artifact = prepared("mixtral")
+    _, energies = fold(walk.read(0), walk, 0, plan, artifact.statistics(0))
+    found = [target for target in targets(walk, 0, plan, energies) if target.site == "gate_up"]
+    generator = torch.Generator().manual_seed(0)
+    hessians = [Hessian(target.layout.in_features, walk.device) for target in found]
+    for hessian, tokens in zip(hessians, (0, 20, 500, 500), strict=True):
+        hessian.add(torch.randn(tokens, walk.config.hidden_size, generator=generator))
+    pooled = _pooled(found, hessians)["gate_up"]
+    total = sum(hessian.mean() * hessian.tokens for hessian in hessians) / 1020
+    assert torch.allclose(pooled, total, atol=1e-4)
+    assert torch.equal(_enough(hessians[0], pooled), pooled)
+    assert torch.equal(_enough(hessians[2], pooled), hessians[2].mean())
+    mixed = hessians[1].mean() * 0.25 + pooled * 0.75  # 20 tokens for 80 channels
+    assert torch.allclose(_enough(hessians[1], pooled), mixed, atol=1e-6)

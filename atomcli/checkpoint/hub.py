@@ -59,7 +59,7 @@ def _snapshot(repository: str, files: list[str], revision: str | None, cache: Pa
     except (LocalEntryNotFoundError, HfHubHTTPError, httpx.HTTPError, OSError) as error:
         raise InputError(
             f"There is no directory {repository!r} here, and the Hub can't be reached for a model of that name",
-            "Check the path or the connection, or try the embedded model: `atom plan demo`.",
+            "Check the path or the connection, or try the embedded model: `atom quantize demo`.",
         ) from error
 
 
@@ -73,7 +73,7 @@ def _without_safetensors(repository: str) -> InputError:
     except (OSError, httpx.HTTPError):
         return InputError(
             f"The weights of {repository} are not in the cache, and the Hub can't be reached",
-            "Check the connection, or try the embedded model: `atom plan demo`.",
+            "Check the connection, or try the embedded model: `atom quantize demo`.",
         )
     if any(file.endswith(PICKLED) for file in files):
         why = "has only pickled weights, and reading a pickle runs whatever code is in it"

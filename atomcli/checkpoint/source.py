@@ -100,7 +100,7 @@ def open_source(model: str, cache: Path | None = None) -> Source:
         return directory.DirectorySource(hub.fetch(model, cache), name=model)
     raise InputError(
         f"There is no model at {model!r}: MODEL is a directory, a GGUF file, a Hub id (owner/name) or {DEMO!r}",
-        "Check the path, or try `atom plan demo`.",
+        "Check the path, or try `atom quantize demo`.",
     )
 
 

@@ -1,5 +1,6 @@
 """`atom bench`: speed beside what one would use instead, measured in one run."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import typer
@@ -7,12 +8,9 @@ import typer
 from atomcli.cli.command import command
 from atomcli.cli.console import console
 
-app = typer.Typer(help="Measure speed, beside the parent.", rich_markup_mode=None)
+app = typer.Typer(help="Measure speed, beside its peers.", rich_markup_mode=None)
 
-
-@app.callback()
-def bench() -> None:
-    """Measure speed, beside the parent."""
+Form = Annotated[Literal["md", "csv", "json"], typer.Option("--format", help="How the table is written.")]
 
 
 @app.command("model")
@@ -26,7 +24,7 @@ def model(
     context: Annotated[list[int] | None, typer.Option("--context", help="Prompt tokens; repeatable [512].")] = None,
     new_tokens: Annotated[int, typer.Option("--new-tokens", help="Tokens decoded after the prompt.")] = 32,
     repeats: Annotated[int, typer.Option("--repeats", help="Measured runs; the table shows their median.")] = 3,
-    form: Annotated[Literal["md", "csv", "json"], typer.Option("--format", help="How the table is written.")] = "md",
+    form: Form = "md",
     device: Annotated[
         str | None, typer.Option("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one).")
     ] = None,
@@ -35,11 +33,9 @@ def model(
 
     Tokens per second, time to first token, weight and KV bytes; the parent beside it with --against.
     """
-    import json
     from functools import partial
 
     from atomcli.benchmarks.model import bench_model
-    from atomcli.benchmarks.report import environment, render, to_json
     from atomcli.cli.progress import Progress
 
     names = [checkpoint] if against is None else [against, checkpoint]
@@ -52,6 +48,60 @@ def model(
             repeats=repeats,
             progress=progress.counter("bench", "run"),
         )
+    _show(rows, form)
+
+
+@app.command("gemm")
+@command
+def gemm(
+    scheme: Annotated[
+        list[str] | None, typer.Option("--scheme", help="A named scheme, such as w4a8; repeatable [w4a8].")
+    ] = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option("--shape", metavar="OUTxIN", help="Like 4096x11008; repeatable [those of Llama 7B and 70B]."),
+    ] = None,
+    tokens: Annotated[list[int] | None, typer.Option("--tokens", help="Rows of the input; repeatable.")] = None,
+    peers: Annotated[bool, typer.Option(help="Also time what one would use instead.")] = True,
+    repeats: Annotated[int, typer.Option("--repeats", help="Measured runs; the table shows their median.")] = 7,
+    form: Form = "md",
+) -> None:
+    """The matrix product alone, on a GPU.
+
+    Our kernels beside cuBLAS and what else is installed: time, operations and bytes per second.
+    """
+    from atomcli.benchmarks import gemm as bench
+    from atomcli.benchmarks.shapes import BATCH_SIZES, default_shapes
+    from atomcli.cli.progress import Progress
+    from atomcli.errors import UsageError
+    from atomcli.formats.scheme import SCHEMES
+
+    schemes = scheme or ["w4a8"]
+    for name in schemes:
+        if name not in SCHEMES:
+            raise UsageError(f"--scheme is {name!r}; allowed are {', '.join(SCHEMES)}")
+    shapes = [_shape(text) for text in shape] if shape else default_shapes()
+    with Progress() as progress:
+        seen = progress.counter("bench", "case")
+        rows = bench.run(shapes, tokens or BATCH_SIZES, schemes, peers=peers, repeats=repeats, progress=seen)
+    _show(rows, form)
+
+
+def _shape(text: str) -> tuple[int, int]:
+    """OUTxIN as two numbers."""
+    from atomcli.errors import UsageError
+
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isdecimal() and int(part) for part in parts):
+        raise UsageError(f"--shape is {text!r}; write OUTxIN, such as 4096x11008")
+    return int(parts[0]), int(parts[1])
+
+
+def _show(rows: Sequence[Any], form: Literal["md", "csv", "json"]) -> None:
+    import json
+
+    from atomcli.benchmarks.report import environment, render, to_json
+
     console.result(json.loads(to_json(rows, environment())), render(rows, form).rstrip())
 
 

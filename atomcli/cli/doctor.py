@@ -76,7 +76,7 @@ def _accelerators() -> list[Finding]:
 
     if not torch.cuda.is_available():
         reason = "torch is a build without CUDA" if torch.version.cuda is None else "torch finds no CUDA device"
-        return [Finding("GPU", "no", f"{reason}: everything runs, on the reference path")]
+        return [Finding("GPU", "no", reason)]
     findings = []
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
@@ -89,10 +89,16 @@ def _accelerators() -> list[Finding]:
 
 
 def _kernels() -> list[Finding]:
-    try:
-        found = version("cupy-cuda13x")
-    except PackageNotFoundError:
-        return [
-            Finding("kernel compiler", "no", 'cupy is not installed; on a GPU machine: pip install "atomcli[cuda]"')
-        ]
-    return [Finding("kernel compiler", "ok", f"cupy {found}")]
+    """Which kernel serves which scheme here, or why the reference does; one line where the reason is the machine."""
+    import torch
+
+    from atomcli.kernels import dispatch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    reason = dispatch.machine_reason(device)
+    if reason is not None:
+        return [Finding("kernels", "no", reason)]
+    return [
+        Finding(f"scheme {name}", "ok" if choice.kernel else "no", choice.kernel or f"reference: {choice.reason}")
+        for name, choice in dispatch.table(device).items()
+    ]

@@ -8,6 +8,7 @@ from typing import Any, Self
 from atomcli.cli.console import byte_count, console, duration
 
 _SECONDS_BETWEEN_LINES = 15.0
+_SECONDS_TO_RESUME = 0.5  # steps reported this early were not done in this run
 
 
 def memory_text() -> str:
@@ -32,6 +33,7 @@ class Progress:
         self._total = 0
         self._started = 0.0
         self._spoken = 0.0
+        self._resumed: int | None = None  # steps that were finished before: they say nothing about the time left
         self._live: Any = None
         self._task: Any = None
 
@@ -46,6 +48,7 @@ class Progress:
         self.end()
         self._stage, self._total, self._unit = stage, total, unit
         self._started = self._spoken = time.monotonic()
+        self._resumed = None
         if console.live:
             self._live = _bar()
             self._live.start()
@@ -54,6 +57,8 @@ class Progress:
 
     def advance(self, done: int, detail: str = "") -> None:
         """`done` steps of the stage are finished; `detail` says what is going on now."""
+        if self._resumed is None:
+            self._resumed = done if time.monotonic() - self._started < _SECONDS_TO_RESUME else 0
         if self._live is not None:
             self._live.update(self._task, completed=done, state=self._state(done, detail))
             return
@@ -99,8 +104,9 @@ class Progress:
         parts = [detail] if detail else []
         if self._live is None:
             parts.append(duration(elapsed))
-        if 0 < done < self._total:
-            parts.append(f"{duration(elapsed / done * (self._total - done))} left")
+        here = done - (self._resumed or 0)
+        if here > 0 and done < self._total:
+            parts.append(f"{duration(elapsed / here * (self._total - done))} left")
         parts.append(memory_text())
         return ", ".join(parts)
 

@@ -32,6 +32,8 @@ def bad_recipe(tmp_path):
         ("clip", ["quantize", "demo", "--clip", "7"]),
         ("unknown-recipe", ["quantize", "demo", "--recipe", "atom-w4a5"]),
         ("convention", ["eval", "ppl", "demo", "--convention", "character"]),
+        ("bench-scheme", ["bench", "gemm", "--scheme", "w3a3"]),
+        ("bench-shape", ["bench", "gemm", "--shape", "4096"]),
         ("device", ["eval", "ppl", "demo", "--device", "gpu"]),
     ],
 )

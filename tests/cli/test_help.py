@@ -16,6 +16,7 @@ COMMANDS = [
     ["eval", "tasks"],
     ["bench"],
     ["bench", "model"],
+    ["bench", "gemm"],
     ["inspect"],
     ["recipes"],
     ["recipes", "list"],

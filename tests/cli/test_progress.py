@@ -41,6 +41,15 @@ def test_plain_lines_now_and_then(clock, capsys):
     assert len(lines) == 8
 
 
+def test_a_resumed_run_predicts_from_its_own_steps(clock, capsys):
+    with Progress() as progress:
+        progress.begin("quantize", 30)
+        progress.advance(20)
+        clock(20)
+        progress.advance(21)
+    assert capsys.readouterr().err == "quantize: block 21/30, 20 s, 3 min 00 s left, 1.2 GB\n"
+
+
 def test_a_counter_begins_and_ends_its_stage(clock, capsys):
     with Progress() as progress:
         seen = progress.counter("parent", "window")

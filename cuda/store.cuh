@@ -39,18 +39,18 @@ INLINE void wait_for_flag(const int* flag) {
     while (!raised);
 }
 
-// ---- a warp's accumulators as partial sums in global memory, 16 bytes per lane at a time
+// ---- a warp's accumulators as partial sums in shared or global memory, 16 bytes per lane at a time
 
 template <int COUNT> INLINE void store_partial(int4* partial, const int (&sum)[COUNT], int lane) {
 #pragma unroll
     for (int i = 0; i < COUNT / 4; ++i)
-        __stcg(partial + i * 32 + lane, make_int4(sum[4 * i], sum[4 * i + 1], sum[4 * i + 2], sum[4 * i + 3]));
+        partial[i * 32 + lane] = make_int4(sum[4 * i], sum[4 * i + 1], sum[4 * i + 2], sum[4 * i + 3]);
 }
 
 template <int COUNT> INLINE void add_partial(int (&sum)[COUNT], const int4* partial, int lane) {
 #pragma unroll
     for (int i = 0; i < COUNT / 4; ++i) {
-        const int4 other = __ldcg(partial + i * 32 + lane);
+        const int4 other = partial[i * 32 + lane];
         sum[4 * i] += other.x;
         sum[4 * i + 1] += other.y;
         sum[4 * i + 2] += other.z;

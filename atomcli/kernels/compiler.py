@@ -50,8 +50,12 @@ class Program:
     def resources(self) -> dict[str, Resources]:
         found = {}
         for part in self.log.split("Compiling entry function '")[1:]:
-            stack, stores, loads = (int(n) for n in re.search(
-                r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part).groups())
+            stack, stores, loads = (
+                int(n)
+                for n in re.search(
+                    r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part
+                ).groups()
+            )
             registers = int(re.search(r"Used (\d+) registers", part)[1])
             found[part.split("'")[0]] = Resources(registers, stores + loads, stack)
         return found
@@ -65,6 +69,12 @@ def architecture(device: torch.device) -> str:
     """The compilation target of a card: "90a" for an H100. The suffix stands for instructions of just that generation."""
     major, minor = torch.cuda.get_device_capability(device)
     return f"{major}{minor}" + ("a" if major >= 9 else "")
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many SMs the card has."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def compile_source(file: str, arch: str, defines: Mapping[str, int | str] | None = None) -> Program:
@@ -96,15 +106,23 @@ def _headers(source: str) -> dict[str, str]:
     return headers
 
 
+def require_compiler() -> None:
+    """Raise UnsupportedError if CuPy or NVRTC can't be loaded."""
+    _nvrtc()
+
+
 @functools.cache
 def _nvrtc():
     try:
         from cupy.cuda import nvrtc
+
         nvrtc.getVersion()
         return nvrtc
     except Exception as error:  # CuPy reports a library it can't find by an exception of another package
-        raise UnsupportedError(f"the CUDA runtime compiler can't be loaded: {type(error).__name__}: {str(error).splitlines()[0]}",
-                               "pip install 'cupy-cuda13x[ctk]'") from error
+        raise UnsupportedError(
+            f"the CUDA runtime compiler can't be loaded: {type(error).__name__}: {str(error).splitlines()[0]}",
+            "pip install 'cupy-cuda13x[ctk]'",
+        ) from error
 
 
 def _compile(file: str, source: str, headers: Mapping[str, str], options: tuple[str, ...]) -> Program:
@@ -126,7 +144,9 @@ def _compile(file: str, source: str, headers: Mapping[str, str], options: tuple[
 
 def _read_cached(stem: str) -> Program | None:
     try:
-        return Program((cache_directory() / f"{stem}.cubin").read_bytes(), (cache_directory() / f"{stem}.log").read_text())
+        return Program(
+            (cache_directory() / f"{stem}.cubin").read_bytes(), (cache_directory() / f"{stem}.log").read_text()
+        )
     except OSError:
         return None
 
@@ -148,17 +168,23 @@ class _LaunchAttribute(ctypes.Structure):  # CUlaunchAttribute of cuda.h
 
 
 class _LaunchConfig(ctypes.Structure):  # CUlaunchConfig of cuda.h
-    _fields_ = (("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared_bytes", ctypes.c_uint),
-                ("stream", ctypes.c_void_p), ("attributes", ctypes.POINTER(_LaunchAttribute)), ("attribute_count", ctypes.c_uint))
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_LaunchAttribute)),
+        ("attribute_count", ctypes.c_uint),
+    )
 
 
-PROGRAMMATIC_STREAM_SERIALIZATION = 6    # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-MAX_DYNAMIC_SHARED_SIZE_BYTES = 8        # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 OVERLAP = _LaunchAttribute(id=PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
 
 
 @functools.cache
-def _driver() -> ctypes.CDLL:
+def cuda_driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
 
 
@@ -170,6 +196,7 @@ class Kernel:
 
     def __init__(self, program: Program, entry: str, shared_bytes: int, device: torch.device) -> None:
         from cupy.cuda import driver, function
+
         self.device, self.entry = device, entry
         self.shared_bytes = shared_bytes
         with torch.cuda.device(device):
@@ -180,7 +207,13 @@ class Kernel:
             if shared_bytes > 48 << 10:
                 driver.funcSetAttribute(self.handle.value, MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes)
 
-    def launch(self, grid: int | tuple[int, ...], block: int, *arguments: torch.Tensor | int | float | None, overlap: bool = False) -> None:
+    def launch(
+        self,
+        grid: int | tuple[int, ...],
+        block: int,
+        *arguments: torch.Tensor | int | float | None,
+        overlap: bool = False,
+    ) -> None:
         """Enqueue one launch. Tensors pass their address, None the null pointer, int and float 32 bits.
 
         `overlap`: programmatic dependent launch; the kernel may start while its predecessor in the stream still
@@ -189,12 +222,20 @@ class Kernel:
         values = [_argument(value) for value in arguments]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         x, y, z = (grid, 1, 1) if isinstance(grid, int) else (*grid, 1, 1)[:3]
-        config = _LaunchConfig((x, y, z), (block, 1, 1), self.shared_bytes, torch.cuda.current_stream(self.device).cuda_stream,
-                               ctypes.pointer(OVERLAP) if overlap else None, int(overlap))
-        status = _driver().cuLaunchKernelEx(ctypes.byref(config), self.handle, pointers, None)
+        config = _LaunchConfig(
+            (x, y, z),
+            (block, 1, 1),
+            self.shared_bytes,
+            torch.cuda.current_stream(self.device).cuda_stream,
+            ctypes.pointer(OVERLAP) if overlap else None,
+            int(overlap),
+        )
+        status = cuda_driver().cuLaunchKernelEx(ctypes.byref(config), self.handle, pointers, None)
         if status:
-            raise RunError(f"{self.entry}: the driver refused the launch of {x}x{y}x{z} blocks of {block} threads with "
-                           f"{self.shared_bytes} bytes of shared memory (CUresult {status})")
+            raise RunError(
+                f"{self.entry}: the driver refused the launch of {x}x{y}x{z} blocks of {block} threads with "
+                f"{self.shared_bytes} bytes of shared memory (CUresult {status})"
+            )
 
 
 def _argument(value: torch.Tensor | int | float | None) -> ctypes._SimpleCData:
@@ -208,7 +249,9 @@ def _argument(value: torch.Tensor | int | float | None) -> ctypes._SimpleCData:
 _loaded: dict[tuple, Kernel] = {}
 
 
-def load_kernel(file: str, entry: str, device: torch.device, defines: Mapping[str, int | str] | None = None, shared_bytes: int = 0) -> Kernel:
+def load_kernel(
+    file: str, entry: str, device: torch.device, defines: Mapping[str, int | str] | None = None, shared_bytes: int = 0
+) -> Kernel:
     """The kernel `entry` of `cuda/<file>` on `device`, compiled and loaded on first use."""
     key = (file, entry, device.index, tuple(sorted((defines or {}).items())), shared_bytes)
     if key not in _loaded:

@@ -1,0 +1,252 @@
+"""`atom bench gemm`: our GEMM beside what one would use instead, in one process on one card.
+
+A contender is built on as many copies of its weight as exceed the L2 cache together; the products over all copies are
+captured in one CUDA graph, whose replays are timed. So launch cost is a graph's, and weights come from memory.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from atomcli.benchmarks.report import Measure, Row, measure
+from atomcli.errors import UnsupportedError
+from atomcli.formats.layout import InputLayout
+from atomcli.formats.scheme import SCHEMES, Scheme
+from atomcli.kernels import dispatch, gemm, layouts, quantize
+
+ROTATED_BYTES = 220_000_000  # more than any card's L2 holds
+MEMORY_BANDWIDTH = {"H100": 3.0e12, "H200": 4.3e12}  # bytes/s of a large copy, measured; read plus written
+INT8_PEAK = {"H100": 1.93e15, "H200": 1.93e15}  # operations/s of warpgroup MMAs without memory traffic, measured
+
+Product = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A product to time: `build(N, K, M, copies)` gives one call for each copy of the weight; `weight_bits` as stored."""
+
+    name: str
+    weight_bits: float
+    build: Callable[[int, int, int, int], list[Product]]
+
+
+def run(
+    shapes: Sequence[tuple[int, int]],
+    batch_sizes: Sequence[int],
+    schemes: Sequence[str] = ("w4a8",),
+    *,
+    peers: bool = True,
+    repeats: int = 7,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Row]:
+    """A row for each (out_features, in_features), number of tokens and contender; cuBLAS bf16 is always the first.
+
+    Raises UnsupportedError without a CUDA device.
+    """
+    if not torch.cuda.is_available():
+        raise UnsupportedError("`atom bench gemm` times GPU kernels, and torch finds no CUDA device here.")
+    ours = [contender for name in schemes for contender in _ours(SCHEMES[name])]
+    others = _peers() if peers else []
+    rows: list[Row] = []
+    cases = [(shape, tokens) for shape in shapes for tokens in batch_sizes]
+    for done, ((out_features, in_features), tokens) in enumerate(cases):
+        rows += _case(
+            out_features, in_features, tokens, [_CUBLAS_BF16, *ours, *others], [c.name for c in ours], repeats
+        )
+        if progress is not None:
+            progress(done + 1, len(cases))
+    return rows
+
+
+def _case(
+    out_features: int, in_features: int, tokens: int, contenders: list[Contender], ours: list[str], repeats: int
+) -> list[Row]:
+    times: dict[str, Measure] = {}
+    notes: dict[str, str] = {}
+    for contender in contenders:
+        copies = max(2, int(ROTATED_BYTES / (out_features * in_features * contender.weight_bits / 8)) + 1)
+        try:
+            times[contender.name] = _time(contender.build(out_features, in_features, tokens, copies), repeats)
+        except (RuntimeError, ImportError, AttributeError, TypeError, ValueError) as error:
+            notes[contender.name] = str(error).splitlines()[0] if str(error) else type(error).__name__
+    best_peer = min((time.median for name, time in times.items() if name not in ours), default=None)
+    operations = 2.0 * out_features * in_features * tokens
+    rows = []
+    for contender in contenders:
+        labels = {"N": out_features, "K": in_features, "M": tokens, "kernel": contender.name}
+        time = times.get(contender.name)
+        if time is None:
+            rows.append(Row(labels, dict.fromkeys(_MEASURES), notes[contender.name]))
+            continue
+        bytes_moved = out_features * in_features * contender.weight_bits / 8 + tokens * (in_features + 2 * out_features)
+        values = {
+            "time": time,
+            "TOPS": _per_time(time, operations / 1e12 * 1e6, "TOPS"),
+            "GB/s": _per_time(time, bytes_moved / 1e9 * 1e6, "GB/s"),
+            "vs bf16": _per_time(time, times[_CUBLAS_BF16.name].median, "×"),
+            "vs best peer": _per_time(time, best_peer, "×") if best_peer else None,
+            "of limit": _per_time(time, 100e6 * _limit(bytes_moved, operations), "%"),
+        }
+        rows.append(Row(labels, values))
+    return rows
+
+
+_MEASURES = ("time", "TOPS", "GB/s", "vs bf16", "vs best peer", "of limit")
+
+
+def _per_time(time: Measure, amount: float, unit: str) -> Measure:
+    """A rate from an amount (per second times 1e6) and a time in µs; quartiles change places."""
+    return Measure(amount / time.median, amount / time.high, amount / time.low, unit, time.samples)
+
+
+def _limit(bytes_moved: float, operations: float) -> float:
+    """Seconds the card needs at least, on memory or on 8-bit arithmetic, whichever is longer."""
+    name = torch.cuda.get_device_name()
+    card = next((key for key in MEMORY_BANDWIDTH if key in name), "H100")
+    return max(bytes_moved / MEMORY_BANDWIDTH[card], operations / INT8_PEAK[card])
+
+
+def _time(products: list[Product], repeats: int) -> Measure:
+    """Microseconds of one product, over replays of a graph of all of them."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for product in products:
+            product()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    rounds = max(1, 24 // len(products))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(rounds):
+            for product in products:
+                product()
+    graph.replay()
+    samples = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        samples.append(start.elapsed_time(end) * 1e3 / (rounds * len(products)))
+    return measure(samples, "µs")
+
+
+# ---------------------------------------------------------------------------------------------- ours
+
+
+def _ours(scheme: Scheme) -> list[Contender]:
+    """The GEMM alone, and with the kernel that quantizes its input."""
+    bits = scheme.weights.grid.bits
+    stored = bits + (8 / scheme.weights.group if scheme.weights.group else 0)
+    return [
+        Contender(f"atom {scheme.name}", stored, lambda n, k, m, copies: _products(scheme, n, k, m, copies, False)),
+        Contender(
+            f"atom {scheme.name} + quantize", stored, lambda n, k, m, copies: _products(scheme, n, k, m, copies, True)
+        ),
+    ]
+
+
+def _products(
+    scheme: Scheme, out_features: int, in_features: int, tokens: int, copies: int, fused: bool
+) -> list[Product]:
+    reason = dispatch.gemm_reason(scheme, torch.device("cuda"))
+    if reason:
+        raise UnsupportedError(reason)
+    layout = InputLayout(
+        in_features, scheme.outliers, scheme.hadamard_block, None, None, scheme.transform == "hadamard"
+    )
+    kernel_layout = quantize.prepare_layout(layout, "cuda")
+    x = torch.randn(tokens, in_features, device="cuda", dtype=torch.bfloat16)
+    operand = quantize.quantize(x, scheme, kernel_layout)
+    weights = [_random_weight(scheme, out_features, in_features) for _ in range(copies)]
+
+    def product(weight: layouts.GemmWeight) -> Product:
+        if fused:
+            return lambda: gemm.linear(quantize.quantize(x, scheme, kernel_layout), weight, tokens, torch.bfloat16)
+        return lambda: gemm.linear(operand, weight, tokens, torch.bfloat16)
+
+    return [product(weight) for weight in weights]
+
+
+def _random_weight(scheme: Scheme, out_features: int, in_features: int) -> layouts.GemmWeight:
+    """Random packed bytes with small scales: any bytes are a valid weight once multipliers keep to four bits."""
+    bits = scheme.weights.grid.bits
+    row_groups = -(-out_features // 128) * 2
+    blocks = -(-scheme.body(in_features) // layouts.BLOCK)
+    size = layouts.INT4_BLOCK_BYTES if bits == 4 else layouts.INT8_BLOCK_BYTES
+    body = torch.randint(0, 256, (row_groups, blocks, size), device="cuda", dtype=torch.uint8)
+    if bits == 4:
+        body[:, :, layouts.ROW_GROUP * layouts.BLOCK // 2 :] &= 0x8F
+    scale = torch.rand(out_features, device="cuda") * 1e-3
+    if not scheme.outliers:
+        return layouts.GemmWeight(bits, (out_features, in_features), body, scale)
+    outliers = torch.randint(0, 256, (row_groups, layouts.INT8_BLOCK_BYTES), device="cuda", dtype=torch.uint8)
+    return layouts.GemmWeight(bits, (out_features, in_features), body, scale, outliers, scale)
+
+
+# ---------------------------------------------------------------------------------------------- peers
+
+
+def _bf16(out_features: int, in_features: int, tokens: int, copies: int) -> list[Product]:
+    x = torch.randn(tokens, in_features, device="cuda", dtype=torch.bfloat16)
+    y = torch.empty(tokens, out_features, device="cuda", dtype=torch.bfloat16)
+    weights = [torch.randn(out_features, in_features, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
+    return [lambda w=w: torch.mm(x, w.t(), out=y) for w in weights]
+
+
+def _fp8(out_features: int, in_features: int, tokens: int, copies: int) -> list[Product]:
+    padded = -(-tokens // 16) * 16  # cuBLASLt's alignment
+    one = torch.ones((), device="cuda")
+    x = torch.randn(padded, in_features, device="cuda").to(torch.float8_e4m3fn)
+    weights = [torch.randn(out_features, in_features, device="cuda").to(torch.float8_e4m3fn) for _ in range(copies)]
+    return [lambda w=w: torch._scaled_mm(x, w.t(), one, one, out_dtype=torch.bfloat16) for w in weights]
+
+
+def _torch_int8(out_features: int, in_features: int, tokens: int, copies: int) -> list[Product]:
+    x = _random_int8(max(tokens, 17), in_features)  # torch._int_mm takes no fewer rows
+    weights = [_random_int8(out_features, in_features) for _ in range(copies)]
+    return [lambda w=w: torch._int_mm(x, w.t()) for w in weights]
+
+
+def _vllm_int8(out_features: int, in_features: int, tokens: int, copies: int) -> list[Product]:
+    from vllm import _custom_ops
+
+    x, weights = _random_int8(tokens, in_features), [_random_int8(out_features, in_features) for _ in range(copies)]
+    token_scale, row_scale = torch.rand(tokens, 1, device="cuda"), torch.rand(out_features, 1, device="cuda")
+    return [
+        lambda w=w: _custom_ops.cutlass_scaled_mm(x, w.t(), token_scale, row_scale, torch.bfloat16) for w in weights
+    ]
+
+
+def _deep_gemm(out_features: int, in_features: int, tokens: int, copies: int) -> list[Product]:
+    import deep_gemm
+
+    x = torch.randn(tokens, in_features, device="cuda").to(torch.float8_e4m3fn)
+    token_scales = torch.rand(tokens, in_features // 128, device="cuda")
+    weights = [torch.randn(out_features, in_features, device="cuda").to(torch.float8_e4m3fn) for _ in range(copies)]
+    block_scales = torch.rand(out_features // 128, in_features // 128, device="cuda")
+    y = torch.empty(tokens, out_features, device="cuda", dtype=torch.bfloat16)
+    return [lambda w=w: deep_gemm.fp8_gemm_nt((x, token_scales), (w, block_scales), y) for w in weights]
+
+
+def _random_int8(rows: int, channels: int) -> Tensor:
+    return torch.randint(-127, 128, (rows, channels), device="cuda", dtype=torch.int8)
+
+
+_CUBLAS_BF16 = Contender("cuBLAS bf16", 16, _bf16)
+
+
+def _peers() -> list[Contender]:
+    """What is installed; a peer whose package is missing gets no row."""
+    from importlib.util import find_spec
+
+    peers = [Contender("cuBLASLt fp8", 8, _fp8), Contender("torch int8", 8, _torch_int8)]
+    if find_spec("vllm"):
+        peers.append(Contender("CUTLASS int8 (vLLM)", 8, _vllm_int8))
+    if find_spec("deep_gemm"):
+        peers.append(Contender("DeepGEMM fp8", 8, _deep_gemm))
+    return peers

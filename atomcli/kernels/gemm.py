@@ -1,0 +1,168 @@
+"""The integer GEMM: y = x W^T on INT8 operands, with 4-bit or 8-bit weights and a block of INT8 outlier channels.
+
+cuda/gemm_sm90a.cuh computes it; which tile it takes is chosen in kernels/tune.py. One torch operator, `atom::gemm`, so
+that torch.compile and CUDA graphs can hold it.
+"""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from atomcli.errors import UsageError
+from atomcli.kernels import compiler, tune
+from atomcli.kernels.layouts import BLOCK, GemmWeight
+from atomcli.kernels.quantize import Operand
+from atomcli.kernels.tiles import OUTPUTS, Tile, deal, source, weight_block_bytes
+
+
+def linear(operand: Operand, weight: GemmWeight, tokens: int, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
+    """y (tokens, out_features) in `dtype` (bf16 or fp16) of a quantized input and a prepared weight; bias fp32.
+
+    Raises UsageError for operands that do not fit each other.
+    """
+    _check(operand, weight, tokens, dtype, bias)
+    return torch.ops.atom.gemm(
+        operand.codes, operand.token_scale, operand.outlier_scale, weight.body, weight.outliers, weight.row_scale,
+        weight.outlier_row_scale, bias, weight.bits, weight.shape[0], tokens, dtype,
+    )  # fmt: skip
+
+
+def _check(operand: Operand, weight: GemmWeight, tokens: int, dtype: torch.dtype, bias: Tensor | None) -> None:
+    codes = operand.codes
+    blocks = weight.body.shape[1] + (weight.outliers is not None)
+    if dtype not in OUTPUTS:
+        raise UsageError(f"The GEMM puts out bfloat16 or float16, not {dtype}.")
+    if codes.dim() != 3 or codes.shape[0] != blocks or codes.shape[2] != BLOCK or codes.element_size() != 1:
+        raise UsageError(
+            f"The operand is {codes.dtype} {tuple(codes.shape)}, the weight needs 8-bit ({blocks}, tokens, {BLOCK})."
+        )
+    padded = codes.shape[1]
+    if padded % 8 or padded < tokens:
+        raise UsageError(f"The operand has {padded} token rows; {tokens} tokens need a multiple of 8 that holds them.")
+    if operand.token_scale.numel() < padded or operand.token_scale.dtype != torch.float32:
+        raise UsageError(
+            f"token_scale must be fp32 of {padded} values, not {operand.token_scale.dtype} {tuple(operand.token_scale.shape)}."
+        )
+    if bias is not None and (bias.dtype != torch.float32 or bias.shape != weight.row_scale.shape):
+        raise UsageError(f"The bias must be fp32 ({weight.shape[0]},), not {bias.dtype} {tuple(bias.shape)}.")
+    for name, tensor in (("operand", codes), ("weight", weight.body), ("bias", bias)):
+        if tensor is not None and not tensor.is_contiguous():
+            raise UsageError(f"The {name} of the GEMM must be contiguous; its strides are {tensor.stride()}.")
+
+
+def launch(
+    tile: Tile,
+    operand: Operand,
+    weight: GemmWeight,
+    output: Tensor,
+    bias: Tensor | None = None,
+) -> None:
+    """Enqueue y (tokens, out_features) = x W^T on torch's current stream with the given tile."""
+    device = output.device
+    tokens, rows = output.shape
+    padded, blocks = operand.codes.shape[1], weight.body.shape[1]
+    block_bytes = weight_block_bytes(weight.bits)
+    kernel = compiler.load_kernel(
+        source(weight.bits), "gemm", device, tile.defines(output.dtype), tile.shared_bytes(block_bytes)
+    )
+    row_tiles = -(-rows // (tile.rows * tile.cluster)) * tile.cluster
+    token_tiles = -(-tokens // tile.tokens)
+    grid, split_tiles = deal(tile, row_tiles * token_tiles, compiler.multiprocessors(device))
+    partials, flags = _workspace(device, grid, tile) if split_tiles else (None, None)
+    kernel.launch(
+        grid, tile.threads, weight.body, weight.outliers, operand.codes, weight.row_scale, weight.outlier_row_scale,
+        operand.token_scale, operand.outlier_scale, bias, output, partials, flags, rows, tokens, padded, blocks,
+        row_tiles, token_tiles, split_tiles, overlap=True,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------- workspace
+
+_MAX_WARPS = 2 * 132 * 16
+_workspaces: dict[tuple[int, int], tuple[int, Tensor, Tensor]] = {}
+
+
+def _workspace(device: torch.device, grid: int, tile: Tile) -> tuple[Tensor, Tensor]:
+    """Room for partial sums, one tile per block, and zeroed flags, for kernels that follow each other in one stream.
+
+    Work that may run at the same time never shares it: there is one for each stream, and a new one for each capture
+    of a CUDA graph. The kernel leaves the flags zero.
+    """
+    stream = torch.cuda.current_stream(device).cuda_stream
+    capture = _capture_id(stream)
+    key = (device.index or 0, stream)
+    sums = grid * tile.rows * tile.tokens
+    known = _workspaces.get(key)
+    if known is None or known[0] != capture or known[1].numel() < sums or known[2].numel() < grid * 16:
+        known = (
+            capture,
+            torch.empty(sums, dtype=torch.int32, device=device),
+            torch.zeros(max(grid * 16, _MAX_WARPS), dtype=torch.int32, device=device),
+        )
+        _workspaces[key] = known
+    return known[1], known[2]
+
+
+def _capture_id(stream: int) -> int:
+    """Identity of the graph capture that the stream takes part in; 0 outside."""
+    if not torch.cuda.is_current_stream_capturing():
+        return 0
+    status, identity = ctypes.c_int(), ctypes.c_uint64()
+    compiler.cuda_driver().cuStreamGetCaptureInfo_v2(
+        ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(identity), None, None, None
+    )
+    return identity.value
+
+
+# ---------------------------------------------------------------------------------------------- the operator
+
+
+def _gemm(
+    codes: Tensor,
+    token_scale: Tensor,
+    outlier_scale: Tensor,
+    body: Tensor,
+    outliers: Tensor | None,
+    row_scale: Tensor,
+    outlier_row_scale: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    rows: int,
+    tokens: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    output = torch.empty(tokens, rows, dtype=dtype, device=codes.device)
+    if tokens == 0:
+        return output
+    weight = GemmWeight(bits, (rows, body.shape[1] * BLOCK), body, row_scale, outliers, outlier_row_scale)
+    operand = Operand(codes, codes, token_scale, outlier_scale, codes)
+    tile = tune.choose(codes.device, bits, rows, body.shape[1], tokens)
+    launch(tile, operand, weight, output, bias)
+    return output
+
+
+def _gemm_shape(
+    codes: Tensor,
+    token_scale: Tensor,
+    outlier_scale: Tensor,
+    body: Tensor,
+    outliers: Tensor | None,
+    row_scale: Tensor,
+    outlier_row_scale: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    rows: int,
+    tokens: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return codes.new_empty(tokens, rows, dtype=dtype)
+
+
+_library = torch.library.Library("atom", "FRAGMENT")
+_library.define(
+    "gemm(Tensor codes, Tensor token_scale, Tensor outlier_scale, Tensor body, Tensor? outliers, Tensor row_scale, "
+    "Tensor? outlier_row_scale, Tensor? bias, int bits, SymInt rows, SymInt tokens, ScalarType dtype) -> Tensor"
+)
+_library.impl("gemm", _gemm, "CUDA")
+torch.library.register_fake("atom::gemm", _gemm_shape, lib=_library)

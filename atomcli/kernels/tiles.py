@@ -1,0 +1,73 @@
+"""Tiles of the integer GEMM: the compile-time parameters of cuda/gemm_sm90a.cuh, and how tiles are dealt to a grid."""
+
+from dataclasses import asdict, dataclass
+
+import torch
+
+from atomcli.kernels.layouts import BLOCK, INT4_BLOCK_BYTES, INT8_BLOCK_BYTES, ROW_GROUP
+
+OUTPUTS = {torch.bfloat16: "Bfloat16", torch.float16: "Float16"}
+WARPGROUP = 128
+SHARED_LIMIT = 227 << 10
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The compile-time parameters of cuda/gemm_sm90a.cuh, and how tiles are dealt to the blocks of the grid.
+
+    `split`: "none" deals whole tiles in turn, "remainder" cuts up those of the last wave, "all" cuts up every tile.
+    `blocks`: blocks of the grid; 0 for as many as fit on the card.
+    """
+
+    tokens: int
+    row_groups: int = 2
+    k_groups: int = 1
+    stages: int = 5
+    stage_blocks: int = 1
+    cluster: int = 1
+    blocks_per_sm: int = 1
+    split: str = "none"
+    blocks: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Output channels of a tile."""
+        return self.row_groups * ROW_GROUP
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block: the consumers' warpgroups and a producer, which is a whole one where registers move."""
+        return self.row_groups * self.k_groups * WARPGROUP + (WARPGROUP if self.blocks_per_sm == 1 else 32)
+
+    def shared_bytes(self, weight_bytes: int) -> int:
+        """Dynamic shared memory, by the same formula as in the source."""
+        stage = self.stage_blocks * (self.tokens * BLOCK + self.row_groups * weight_bytes)
+        roomy = self.blocks_per_sm == 1 and self.row_groups * self.k_groups <= 2
+        exchange = (self.k_groups - 1) * self.row_groups * ROW_GROUP * self.tokens * 4
+        store = self.row_groups * 4 * min(self.tokens, 32 if roomy else 16) * 48
+        return 1024 + self.stages * (-(-stage // 1024) * 1024) + exchange + store
+
+    def defines(self, output: torch.dtype) -> dict[str, int | str]:
+        """What the source is compiled with."""
+        names = ("tokens", "row_groups", "k_groups", "stages", "stage_blocks", "cluster", "blocks_per_sm")
+        values = asdict(self)
+        return {**{name.upper(): values[name] for name in names}, "OUTPUT": OUTPUTS[output]}
+
+
+def source(bits: int) -> str:
+    """The file in cuda/ for weights of `bits`."""
+    return f"gemm_w{bits}_sm90a.cu"
+
+
+def weight_block_bytes(bits: int) -> int:
+    """Bytes of a block of 64 x 128 weights."""
+    return INT4_BLOCK_BYTES if bits == 4 else INT8_BLOCK_BYTES
+
+
+def deal(tile: Tile, tiles: int, multiprocessors: int) -> tuple[int, int]:
+    """Blocks of the grid, and how many (clusters of) tiles are cut up among them, for `tiles` tiles in all."""
+    grid = (tile.blocks or multiprocessors * tile.blocks_per_sm) // tile.cluster * tile.cluster
+    clusters, clustered_tiles = grid // tile.cluster, tiles // tile.cluster
+    if tile.split == "none":
+        return min(grid, tiles), 0
+    return grid, clustered_tiles if tile.split == "all" else clustered_tiles % clusters

@@ -1,5 +1,6 @@
 """`atom`: the commands, and how a command line that can't be read is answered."""
 
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -61,6 +62,8 @@ def root(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script: runs the command line and ends the process with its exit code."""
+    # What a scheduler sends before it kills is an interruption like Ctrl-C: said, and resumable.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 

@@ -17,6 +17,9 @@ Outliers = Annotated[int | None, typer.Option("--outliers", help="Input channels
 KVCache = Annotated[str | None, typer.Option("--kv-cache", help="Keys and values in int4, int8 or none (16 bits).")]
 Rounding = Annotated[str | None, typer.Option("--rounding", help="gptq, or rtn (round to nearest).")]
 Clip = Annotated[str | None, typer.Option("--clip", help="Weight clip ratio between 0.1 and 1, or search.")]
+Transform = Annotated[
+    str | None, typer.Option("--transform", help="none, or hadamard (each group of channels is rotated).")
+]
 Dataset = Annotated[
     str | None, typer.Option("--dataset", metavar="TEXT", help="Text to calibrate on: `demo`, a file, or a Hub id.")
 ]

@@ -1,6 +1,9 @@
 """A wrong command line, recipe or model is one sentence, one hint and an exit code: never a traceback."""
 
 import json
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -104,6 +107,18 @@ def test_json_errors_are_one_document_on_stdout(atom):
         error = json.loads(outcome.out)["error"]
         assert set(error) == {"kind", "what", "hint"}
         assert error["what"] in outcome.err
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_signals_are_interruptions(sent):
+    script = (
+        "import os, signal; from atomcli.cli import app, doctor;"
+        "signal.signal(signal.SIGINT, signal.default_int_handler);"  # a background job starts with it ignored
+        f"doctor._software = lambda: os.kill(os.getpid(), {int(sent)}) or __import__('time').sleep(9);"
+        "app.main(['doctor'])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "error: interrupted\n")
 
 
 @pytest.mark.parametrize(

@@ -36,9 +36,11 @@ def model(
     from functools import partial
 
     from atomcli.benchmarks.model import bench_model
+    from atomcli.cli.models import check_models
     from atomcli.cli.progress import Progress
 
     names = [checkpoint] if against is None else [against, checkpoint]
+    check_models(names, device)
     with Progress() as progress:
         rows = bench_model(
             {name: partial(_load, name, device) for name in names},

@@ -48,7 +48,7 @@ def ppl(
 
     Per token (the GPTQ and Atom convention) and per word (lm-eval's); each has its name in the table.
     """
-    from atomcli.cli.models import open_model
+    from atomcli.cli.models import check_models, open_model
     from atomcli.cli.progress import Progress
     from atomcli.errors import UsageError
     from atomcli.evaluation import gates, perplexity
@@ -58,6 +58,8 @@ def ppl(
         raise UsageError(f"--convention is {convention!r}; allowed are token, word and both")
     if max_ratio is not None and (against is None or convention == "word"):
         raise UsageError("--max-ratio compares token perplexities of two models", "add --against PARENT")
+    gates.check_gates(ratio=0.0, max_ratio=max_ratio)  # a limit that is no number is refused now, not at the end
+    check_models(_names(checkpoint, against), device)
     text = load_text(data, "held_out")
     rows: dict[str, dict[str, Any]] = {}
     for name in _names(checkpoint, against):
@@ -106,13 +108,15 @@ def kld(
 
     With its standard error, how often both would say the same token, and both token perplexities.
     """
-    from atomcli.cli.models import open_model, parent_of
+    from atomcli.cli.models import check_models, open_model, parent_of
     from atomcli.cli.progress import Progress
     from atomcli.evaluation import gates
     from atomcli.evaluation.divergence import divergence, record
     from atomcli.text import cut_windows, load_text, tokenize
 
+    gates.check_gates(0.0, max_ratio, 0.0, max_kld)  # a limit that is no number is refused now, not at the end
     parent_name = against or parent_of(checkpoint)
+    check_models([parent_name, checkpoint], device)
     text = load_text(data, "held_out")
     with Progress() as progress:
         parent = open_model(parent_name, device)
@@ -156,10 +160,11 @@ def tasks(
 
     Its own tasks by name, or local question files (JSON lines or a task's YAML).
     """
-    from atomcli.cli.models import open_model
+    from atomcli.cli.models import check_models, open_model
     from atomcli.cli.progress import Progress
     from atomcli.evaluation.tasks import run_tasks
 
+    check_models(_names(checkpoint, against), device)
     rows: list[dict[str, Any]] = []
     for name in _names(checkpoint, against):
         opened = open_model(name, device)

@@ -45,6 +45,18 @@ def open_model(name: str, device: str | None = None) -> OpenModel:
     return OpenModel(name, model.to(target), tokenizer, size, 8.0 * element)
 
 
+def check_models(names: list[str], device: str | None) -> None:
+    """Raises, before hours are spent on the first of several models, what a glance tells about any of them."""
+    from atomcli.checkpoint.source import DEMO, open_source
+
+    pick_device(device)
+    for name in names:
+        path = Path(name).expanduser()
+        may_be_hub_id = name.count("/") == 1 and not path.is_absolute()
+        if not path.exists() and name != DEMO and not may_be_hub_id:
+            open_source(name)
+
+
 def pick_device(device: str | None) -> Any:
     """The torch device a person named, or a GPU where there is one; UsageError for one that isn't here."""
     import torch

@@ -129,6 +129,20 @@ def test_eval_ppl_names_both_conventions(atom, tiny_model, text_file):
     assert row["word_perplexity"] > row["token_perplexity"]
 
 
+@pytest.mark.parametrize("command", [["eval", "kld"], ["eval", "ppl"], ["bench", "model"]], ids=" ".join)
+def test_a_missing_checkpoint_is_found_before_the_parent_is_measured(command, atom, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("atomcli.cli.models.open_model", None)
+    outcome = atom(*command, tmp_path / "nowhere", "--against", tiny_model)
+    assert outcome.code == 1
+    assert str(tmp_path / "nowhere") in outcome.err
+
+
+def test_a_limit_that_is_none_is_refused_at_once(atom, tmp_path):
+    outcome = atom("eval", "kld", tmp_path / "nowhere", "--max-kld", "nan")
+    assert outcome.code == 2
+    assert "--max-kld" in outcome.err
+
+
 def test_a_gate_without_a_parent_is_refused(atom, tiny_model, text_file, snapshot):
     outcome = atom("eval", "ppl", tiny_model, "--data", text_file, "--max-ratio", 1.1)
     assert outcome.code == 2

@@ -11,7 +11,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 DEMO_RECIPE := atom-w4a4
 # Fewer than the recipe's 128 and the evaluation's 20: on two cores each of them takes half a minute.
 DEMO_SAMPLES := 8
-DEMO_WINDOWS := 8
+DEMO_WINDOWS := 6
 DEMO_OUT := build/demo-w4a4
 
 .DEFAULT_GOAL := help

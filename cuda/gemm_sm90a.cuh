@@ -1,8 +1,8 @@
 // Y (tokens, rows) = X W^T on integers, for sm_90a: warpgroup MMAs take weights from registers, where they were
 // unpacked, and activations from shared memory, where bulk copies put them.
 //
-// Weights are the A operand: a tile is ROW_GROUPS x 64 output channels by TOKENS tokens. One warp(group) is the
-// producer: it feeds a ring of STAGES, each with STAGE_BLOCKS blocks of 128 channels of both operands. The consumer
+// Weights are the A operand: a tile is ROW_GROUPS x 64 output channels by TOKENS tokens. Two warps are
+// producers: they feed a ring of STAGES, each with STAGE_BLOCKS blocks of 128 channels of both operands. The consumer
 // warpgroups share a stage: ROW_GROUPS of them by rows, times K_GROUPS by blocks. Integers are summed exactly and in
 // any order, so however a tile's channels are split, the result is the same to the last bit.
 //
@@ -20,7 +20,7 @@ __device__ constexpr int min_of(int a, int b) { return a < b ? a : b; }
 constexpr int WARPGROUP = 128;
 constexpr int CONSUMER_GROUPS = ROW_GROUPS * K_GROUPS;
 constexpr bool LARGE = BLOCKS_PER_SM == 1;  // registers move from a producer warpgroup to the consumers
-constexpr int THREADS = CONSUMER_GROUPS * WARPGROUP + (LARGE ? WARPGROUP : 32);
+constexpr int THREADS = CONSUMER_GROUPS * WARPGROUP + (LARGE ? WARPGROUP : 64);
 constexpr int PRODUCER_REGISTERS = CONSUMER_GROUPS == 4 ? 64 : TOKENS == 256 ? 40 : 72;
 constexpr int CONSUMER_REGISTERS = CONSUMER_GROUPS == 4 ? 104 : TOKENS == 256 ? 232 : 216;
 
@@ -36,7 +36,7 @@ constexpr int STAGE_BYTES = (STAGE_BLOCKS * (OPERAND_BYTES + ROW_GROUPS * WEIGHT
 static_assert(ROW_GROUPS * INT8_BLOCK_BYTES <= STAGE_BYTES, "a stage must hold the outlier weights of the tile");
 constexpr int EXCHANGE_BYTES = (K_GROUPS - 1) * ROW_GROUPS * BLOCK_ROWS * TOKENS * 4;
 // Tokens that are finished together: of the outlier MMA, whose accumulator must fit beside the body's, and of the store.
-constexpr int STORE_TOKENS = min_of(TOKENS, ROOMY ? 32 : 16);
+constexpr int STORE_TOKENS = min_of(TOKENS, ROOMY && TOKENS < 256 ? 32 : 16);
 constexpr int STORE_PITCH = 48;  // 16 channels are 32 bytes; 48 keep stmatrix and the reads back free of bank conflicts
 constexpr int STORE_BYTES = ROW_GROUPS * 4 * STORE_TOKENS * STORE_PITCH;
 constexpr int SHARED_BYTES = 1024 + STAGES * STAGE_BYTES + EXCHANGE_BYTES + STORE_BYTES;  // 1024: to align the ring
@@ -46,7 +46,7 @@ struct Problem {
     const uint8* weights;           // [row group of 64][block][WEIGHT_BYTES]
     const uint8* outlier_weights;   // [row group][INT8_BLOCK_BYTES], or null
     const uint8* activations;       // [block, the outliers' last][padded_tokens][128], swizzled
-    const float* row_scale;         // [rows]
+    const float* row_scale;         // [row groups * 64]
     const float* outlier_row_scale;
     const float* token_scale;       // [padded_tokens]
     const float* outlier_token_scale;
@@ -56,7 +56,8 @@ struct Problem {
     int* flags;                     // one for each warp that owns rows, zero between launches
     int rows, tokens, padded_tokens, blocks, row_tiles, token_tiles, split_tiles;
 
-    INLINE int units() const { return blocks + (outlier_weights ? OUTLIER_UNITS : 0); }
+    // Of a tile: its blocks, the outliers' weights, and what finishing takes: the outliers' activations and all scales.
+    INLINE int units() const { return blocks + (outlier_weights ? 2 : 1); }
 };
 
 // The producer's and each consumer's place in the ring.
@@ -72,6 +73,8 @@ struct RingPosition {
     }
 };
 
+enum Scales { TOKEN, OUTLIER_TOKEN, ROW, OUTLIER_ROW };
+
 struct Ring {
     uint8* stages;
     uint64 *full, *empty;
@@ -79,6 +82,11 @@ struct Ring {
     INLINE uint8* activations(int stage, int block = 0) const { return stages + stage * STAGE_BYTES + block * OPERAND_BYTES; }
     INLINE uint8* weights(int stage, int row_group, int block) const {
         return stages + stage * STAGE_BYTES + STAGE_BLOCKS * OPERAND_BYTES + (row_group * STAGE_BLOCKS + block) * WEIGHT_BYTES;
+    }
+    // A finishing stage holds the outliers' activations and these, one behind the other.
+    INLINE float* scales(int stage, Scales kind) const {
+        constexpr int OFFSETS[4] = {0, TOKENS, 2 * TOKENS, 2 * TOKENS + ROW_GROUPS * BLOCK_ROWS};
+        return reinterpret_cast<float*>(weights(stage, 0, 0)) + OFFSETS[kind];
     }
     INLINE void wait_full(RingPosition at) const { barrier_wait(full[at.stage], at.parity); }
     INLINE void wait_empty(RingPosition at) const { barrier_wait(empty[at.stage], at.parity ^ 1); }
@@ -93,6 +101,11 @@ struct Ring {
     }
 };
 
+// Where a tile begins.
+struct Corner {
+    int row_group, token;
+};
+
 // Where this block stands: its cluster takes CLUSTER neighbouring row tiles of the same tokens.
 struct Place {
     int rank, cluster, clusters;
@@ -102,127 +115,133 @@ struct Place {
     INLINE Schedule schedule(const Problem& problem) const {
         return Schedule((problem.row_tiles / CLUSTER) * problem.token_tiles, problem.split_tiles, problem.units(), cluster, clusters);
     }
-    INLINE int row_tile(const Problem& problem, int tile) const { return tile / problem.token_tiles * CLUSTER + rank; }
-    INLINE int first_token(const Problem& problem, int tile) const { return tile % problem.token_tiles * TOKENS; }
+    INLINE Corner corner(const Problem& problem, int tile) const {
+        const int column = tile / problem.token_tiles;
+        return {(column * CLUSTER + rank) * ROW_GROUPS, (tile - column * problem.token_tiles) * TOKENS};
+    }
 };
 
 // ---------------------------------------------------------------------------------------------------- producer
 
-// The stages a block fills, in order: the body blocks of its segments, then for each tile that it finishes one stage
-// with the outliers' weights (at the stage's start) and one with their activations.
-struct StageWalk {
+// The stages a block fills, in order: the body blocks of its segments, then for each tile that it finishes a stage with
+// the outliers' weights (at the stage's start), if there are any, and the finishing stage. Two threads in different
+// warps walk it, one for what belongs to the weights and one for what comes from the previous kernel, since a single
+// one can't issue copies fast enough. For the same reason a stage must cost few instructions: divisions and products
+// are left to the change of segments.
+struct Walk {
+    const Problem& problem;
+    const Place& place;
     Schedule schedule;
-    int units, body_blocks;
-    Segment segment{0, 0, 0};
-    int next_unit = 0;
-    int first = 0, count = 0;  // this stage's blocks
+    Corner corner;
+    int unit = 0, last = 0;  // of the segment: where it stands and ends
+    int count = 0;           // blocks of this stage
 
-    INLINE StageWalk(const Problem& problem, const Place& place)
-        : schedule(place.schedule(problem)), units(problem.units()), body_blocks(problem.blocks) {}
+    INLINE Walk(const Problem& problem, const Place& place) : problem(problem), place(place), schedule(place.schedule(problem)) {}
 
-    INLINE bool outlier_weights() const { return first == body_blocks; }
-    INLINE bool outlier_activations() const { return first > body_blocks; }
+    INLINE bool at_body() const { return unit < problem.blocks; }
+    INLINE bool at_finish() const { return unit == schedule.units - 1; }
 
-    INLINE bool next() {
-        // Who finishes a tile does the whole outlier block; another's segment ends with its last body block.
-        if (next_unit == (segment.last == units ? units : min(segment.last, body_blocks))) {
-            do {
-                if (!schedule.next(segment)) return false;
-                next_unit = min(segment.first, body_blocks);
-            } while (next_unit == body_blocks && segment.last < units);
+    INLINE void advance() { unit += count; }
+
+    // The stage after the last one advanced over; false at the end. `entered` tells that a segment begins.
+    INLINE bool next(bool& entered) {
+        entered = false;
+        while (unit == last) {
+            Segment segment;
+            if (!schedule.next(segment)) return false;
+            corner = place.corner(problem, segment.tile);
+            // Who finishes a tile does the whole outlier block; another's segment ends with its last body block.
+            unit = min(segment.first, problem.blocks);
+            last = segment.last == schedule.units ? segment.last : min(segment.last, problem.blocks);
+            entered = true;
         }
-        first = next_unit;
-        count = first < body_blocks ? min(STAGE_BLOCKS, min(segment.last, body_blocks) - first) : 1;
-        next_unit += count;
+        count = at_body() ? min(STAGE_BLOCKS, min(last, problem.blocks) - unit) : 1;
         return true;
     }
 };
 
-struct Producer {
-    const Problem& problem;
-    const Place place;
-    const Ring ring;
-    const uint64 weight_policy, activation_policy;
-
-    INLINE int tile_tokens(int first_token) const { return min(TOKENS, problem.padded_tokens - first_token); }
-
-    INLINE void load_weights(const StageWalk& walk, int stage) const {
-        const long long row_group = place.row_tile(problem, walk.segment.tile) * ROW_GROUPS;
-        const int operand = walk.count * tile_tokens(place.first_token(problem, walk.segment.tile)) * BLOCK_K;
-        if (walk.outlier_activations()) {
-            barrier_arrive_expecting(ring.full[stage], operand);
-        } else if (walk.outlier_weights()) {
-            constexpr int BYTES = ROW_GROUPS * INT8_BLOCK_BYTES;
-            barrier_arrive_expecting(ring.full[stage], BYTES);
-            bulk_copy(ring.activations(stage), problem.outlier_weights + row_group * INT8_BLOCK_BYTES, BYTES, ring.full[stage],
-                      weight_policy);
-        } else {
+// Weights and their scales: they do not depend on the previous kernel, so their first ring is on its way before it ends.
+INLINE void produce_weights(const Problem& problem, const Place& place, const Ring& ring) {
+    // Weights that only one token tile reads are read once.
+    const uint64 policy = problem.token_tiles > 1 ? policy_evict_last() : policy_evict_first();
+    const long long row_group_bytes = static_cast<long long>(problem.blocks) * WEIGHT_BYTES;
+    const bool outliers = problem.outlier_weights;
+    const uint8* source = nullptr;
+    bool entered;
+    RingPosition at;
+#pragma unroll 1
+    for (Walk walk(problem, place); walk.next(entered); walk.advance(), at.advance()) {
+        if (entered) source = problem.weights + walk.corner.row_group * row_group_bytes + walk.unit * WEIGHT_BYTES;
+        ring.wait_empty(at);
+        uint64& full = ring.full[at.stage];
+        if (walk.at_body()) {
             const int bytes = walk.count * WEIGHT_BYTES;
-            barrier_arrive_expecting(ring.full[stage], ROW_GROUPS * bytes + operand);
+            barrier_arrive_expecting(full, ROW_GROUPS * bytes);
 #pragma unroll
             for (int group = 0; group < ROW_GROUPS; ++group)
-                bulk_copy(ring.weights(stage, group, 0),
-                          problem.weights + ((row_group + group) * problem.blocks + walk.first) * WEIGHT_BYTES, bytes,
-                          ring.full[stage], weight_policy);
+                bulk_copy(ring.weights(at.stage, group, 0), source + group * row_group_bytes, bytes, full, policy);
+            source += bytes;
+        } else if (!walk.at_finish()) {
+            const long long first = static_cast<long long>(walk.corner.row_group) * INT8_BLOCK_BYTES;
+            barrier_arrive_expecting(full, ROW_GROUPS * INT8_BLOCK_BYTES);
+            bulk_copy(ring.activations(at.stage), problem.outlier_weights + first, ROW_GROUPS * INT8_BLOCK_BYTES, full, policy);
+        } else {
+            const int bytes = ROW_GROUPS * BLOCK_ROWS * 4, first = walk.corner.row_group * BLOCK_ROWS;
+            barrier_arrive_expecting(full, outliers ? 2 * bytes : bytes);
+            bulk_copy(ring.scales(at.stage, ROW), problem.row_scale + first, bytes, full, policy);
+            if (outliers) bulk_copy(ring.scales(at.stage, OUTLIER_ROW), problem.outlier_row_scale + first, bytes, full, policy);
         }
     }
+}
 
-    INLINE void load_activations(const StageWalk& walk, int stage) const {
-        if (walk.outlier_weights()) return;
-        const int first_token = place.first_token(problem, walk.segment.tile);
-        const int tokens = tile_tokens(first_token);
-        const long long block_bytes = static_cast<long long>(problem.padded_tokens) * BLOCK_K;
-        const int first_block = min(walk.first, problem.blocks);
-        const uint8* source = problem.activations + first_block * block_bytes + first_token * BLOCK_K;
+// Activations and their scales.
+INLINE void produce_activations(const Problem& problem, const Place& place, const Ring& ring) {
+    const uint64 policy = policy_evict_last();
+    const long long block_bytes = static_cast<long long>(problem.padded_tokens) * BLOCK_K;
+    const bool outliers = problem.outlier_weights;
+    const uint8* source = nullptr;
+    int tokens = 0;  // of the tile that exist
+    bool entered;
+    RingPosition at;
+    wait_for_previous_kernel();
+#pragma unroll 1
+    for (Walk walk(problem, place); walk.next(entered); walk.advance(), at.advance()) {
+        if (entered) {
+            source = problem.activations + walk.unit * block_bytes + walk.corner.token * BLOCK_K;
+            tokens = min(TOKENS, problem.padded_tokens - walk.corner.token);
+        }
+        ring.wait_empty(at);
+        uint64& full = ring.full[at.stage];
+        int operand = walk.count * tokens * BLOCK_K;
+        if (walk.at_finish()) {
+            if (!outliers) operand = 0;
+            const int bytes = tokens * 4;
+            barrier_arrive_expecting(full, operand + (outliers ? 2 * bytes : bytes));
+            bulk_copy(ring.scales(at.stage, TOKEN), problem.token_scale + walk.corner.token, bytes, full, policy);
+            if (outliers)
+                bulk_copy(ring.scales(at.stage, OUTLIER_TOKEN), problem.outlier_token_scale + walk.corner.token, bytes, full, policy);
+        } else {
+            if (!walk.at_body()) operand = 0;  // the outliers' weights have this stage for themselves
+            barrier_arrive_expecting(full, operand);
+        }
+        if (operand == 0) continue;
         if (CLUSTER > 1) {
             // Each block of the cluster copies its share of the tokens to all of them.
             constexpr int SHARE = TOKENS / CLUSTER;
             const int offset = place.rank * SHARE * BLOCK_K, bytes = min(SHARE, tokens - place.rank * SHARE) * BLOCK_K;
-            for (int block = 0; block < walk.count && bytes > 0; ++block)
-                bulk_copy_multicast(ring.activations(stage, block) + offset, source + block * block_bytes + offset, bytes,
-                                    ring.full[stage], (1 << CLUSTER) - 1, activation_policy);
+            for (int block = 0; block < walk.count && bytes > 0; ++block, source += block_bytes)
+                bulk_copy_multicast(ring.activations(at.stage, block) + offset, source + offset, bytes, full, (1 << CLUSTER) - 1, policy);
         } else if (problem.padded_tokens == TOKENS) {  // then blocks follow each other without a gap
-            bulk_copy(ring.activations(stage), source, walk.count * OPERAND_BYTES, ring.full[stage], activation_policy);
+            bulk_copy(ring.activations(at.stage), source, operand, full, policy);
+            source += operand;
         } else {
-            for (int block = 0; block < walk.count; ++block)
-                bulk_copy(ring.activations(stage, block), source + block * block_bytes, tokens * BLOCK_K, ring.full[stage],
-                          activation_policy);
+            for (int block = 0; block < walk.count; ++block, source += block_bytes)
+                bulk_copy(ring.activations(at.stage, block), source, tokens * BLOCK_K, full, policy);
         }
     }
-
-    // Weights do not depend on the previous kernel: the first ring of them is on its way before that has ended.
-    INLINE void run() const {
-        StageWalk ahead(problem, place);
-        int weights_loaded = 0;
-#pragma unroll 1
-        for (; weights_loaded < STAGES && ahead.next(); ++weights_loaded) load_weights(ahead, weights_loaded);
-        wait_for_previous_kernel();
-        StageWalk walk(problem, place);
-        RingPosition at;
-#pragma unroll 1
-        for (int index = 0; walk.next(); ++index, at.advance()) {
-            if (index >= weights_loaded) {
-                ring.wait_empty(at);
-                load_weights(walk, at.stage);
-            }
-            load_activations(walk, at.stage);
-        }
-    }
-};
+}
 
 // ---------------------------------------------------------------------------------------------------- consumers
-
-// What a row's sums are multiplied by, and its bias; rows past the last are zero.
-struct RowFactors {
-    float scale, outlier_scale, bias;
-
-    INLINE RowFactors(const Problem& problem, int row) {
-        const bool inside = row < problem.rows;
-        scale = inside ? problem.row_scale[row] : 0.f;
-        outlier_scale = inside && problem.outlier_weights ? problem.outlier_row_scale[row] : 0.f;
-        bias = inside && problem.bias ? problem.bias[row] : 0.f;
-    }
-};
 
 struct Consumer {
     const Problem& problem;
@@ -273,7 +292,7 @@ struct Consumer {
                 }
             }
         }
-        mma_wait_for(sums);
+        mma_wait_for<0>(sums);
         if (FRAGMENTS == 2 && previous >= 0) ring.release(previous, lane);
 #pragma unroll 1
         for (; blocks > 0; blocks -= STAGE_BLOCKS) {
@@ -281,7 +300,7 @@ struct Consumer {
 #pragma unroll 1
             for (int block = k_group; block < min(blocks, STAGE_BLOCKS); block += K_GROUPS) {
                 multiply(sums, fragments[0], block);
-                mma_wait_for(sums);
+                mma_wait_for<0>(sums);
             }
             pass_stage();
         }
@@ -330,24 +349,39 @@ struct Consumer {
         }
     }
 
-    // Scales the sums of a finished tile, adds the outlier channels and the bias, and stores.
-    INLINE void finish(const Sums& sums, const Segment& segment) {
-        const int first_row = (place.row_tile(problem, segment.tile) * ROW_GROUPS + row_group) * BLOCK_ROWS + warp * 16;
-        const int first_token = place.first_token(problem, segment.tile);
-        const bool outliers = problem.outlier_weights;
-        RowFactors rows[2] = {{problem, first_row + lane / 4}, {problem, first_row + lane / 4 + 8}};
+    // Scales the sums of a finished tile, adds the outlier channels and the bias, and stores, STORE_TOKENS at a time.
+    // The outlier MMAs of the next tokens run while those of these are scaled.
+    template <bool OUTLIERS> INLINE void finish(const Sums& sums, const Segment& segment) {
+        const Corner corner = place.corner(problem, segment.tile);
+        const int first_row = (corner.row_group + row_group) * BLOCK_ROWS + warp * 16;
         WeightFragment outlier_fragment;
-        if (outliers) {
+        if (OUTLIERS) {
             ring.wait_full(at);
             unpack_int8(outlier_fragment, ring.activations(at.stage) + row_group * INT8_BLOCK_BYTES, thread);
             __syncwarp();
             pass_stage();
-            ring.wait_full(at);
         }
+        ring.wait_full(at);
+        float row_scale[2], outlier_row_scale[2], bias[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int row = warp * 16 + lane / 4 + 8 * half;
+            row_scale[half] = ring.scales(at.stage, ROW)[row_group * BLOCK_ROWS + row];
+            if (OUTLIERS) outlier_row_scale[half] = ring.scales(at.stage, OUTLIER_ROW)[row_group * BLOCK_ROWS + row];
+            const bool biased = problem.bias && first_row + lane / 4 + 8 * half < problem.rows;
+            bias[half] = biased ? problem.bias[first_row + lane / 4 + 8 * half] : 0.f;
+        }
+        int outlier_sums[2][STORE_TOKENS / 2];
+        if (OUTLIERS) multiply_outliers(outlier_sums[0], outlier_fragment, 0);
 #pragma unroll
         for (int chunk = 0; chunk < TOKENS; chunk += STORE_TOKENS) {
-            int outlier_sums[STORE_TOKENS / 2];
-            if (outliers) multiply_outliers(outlier_sums, outlier_fragment, chunk);
+            int(&outliers)[STORE_TOKENS / 2] = outlier_sums[chunk / STORE_TOKENS % 2];
+            if (OUTLIERS && chunk + STORE_TOKENS < TOKENS) {
+                multiply_outliers(outlier_sums[(chunk / STORE_TOKENS + 1) % 2], outlier_fragment, chunk + STORE_TOKENS);
+                mma_wait_for<1>(outliers);
+            } else if (OUTLIERS) {
+                mma_wait_for<0>(outliers);
+            }
             constexpr int TOGETHER = min_of(STORE_TOKENS / 8, 2);  // 8x8 column groups of one stmatrix
 #pragma unroll
             for (int column = 0; column < STORE_TOKENS / 8; column += TOGETHER) {
@@ -355,28 +389,28 @@ struct Consumer {
 #pragma unroll
                 for (int i = 0; i < TOGETHER; ++i) {
                     const int sum = (chunk / 8 + column + i) * 4, outlier_sum = (column + i) * 4;
-                    const int token = min(first_token + chunk + (column + i) * 8 + lane % 4 * 2, problem.padded_tokens - 2);
-                    const float2 scale = *reinterpret_cast<const float2*>(problem.token_scale + token);
-                    float2 outlier_scale{0.f, 0.f};
-                    if (outliers) outlier_scale = *reinterpret_cast<const float2*>(problem.outlier_token_scale + token);
+                    const int token = chunk + (column + i) * 8 + lane % 4 * 2;
+                    const float2 scale = *reinterpret_cast<const float2*>(ring.scales(at.stage, TOKEN) + token);
+                    float2 outlier_scale;
+                    if (OUTLIERS) outlier_scale = *reinterpret_cast<const float2*>(ring.scales(at.stage, OUTLIER_TOKEN) + token);
 #pragma unroll
                     for (int half = 0; half < 2; ++half) {
-                        float low = promote(sums[sum + 2 * half], rows[half].scale, scale.x);
-                        float high = promote(sums[sum + 2 * half + 1], rows[half].scale, scale.y);
-                        if (outliers) {
-                            low += promote(outlier_sums[outlier_sum + 2 * half], rows[half].outlier_scale, outlier_scale.x);
-                            high += promote(outlier_sums[outlier_sum + 2 * half + 1], rows[half].outlier_scale, outlier_scale.y);
+                        float low = promote(sums[sum + 2 * half], row_scale[half], scale.x);
+                        float high = promote(sums[sum + 2 * half + 1], row_scale[half], scale.y);
+                        if (OUTLIERS) {
+                            low += promote(outliers[outlier_sum + 2 * half], outlier_row_scale[half], outlier_scale.x);
+                            high += promote(outliers[outlier_sum + 2 * half + 1], outlier_row_scale[half], outlier_scale.y);
                         }
-                        matrix[2 * i + half] = OUTPUT::pack(low + rows[half].bias, high + rows[half].bias);
+                        matrix[2 * i + half] = OUTPUT::pack(low + bias[half], high + bias[half]);
                     }
                 }
                 store_matrices(staging + ((column + lane / 16 % TOGETHER) * 8 + lane % 8) * STORE_PITCH + lane / 8 % 2 * 16, matrix);
             }
             __syncwarp();
-            store_rows(first_row, first_token + chunk);
+            store_rows(first_row, corner.token + chunk);
             __syncwarp();
         }
-        if (outliers) pass_stage();
+        pass_stage();
     }
 
     INLINE void multiply_outliers(int (&sums)[STORE_TOKENS / 2], const WeightFragment& fragment, int first_token) const {
@@ -387,7 +421,6 @@ struct Consumer {
 #pragma unroll
         for (int step = 0; step < 4; ++step) mma(sums, fragment.step[step], operand + step * DESCRIPTOR_K32);
         mma_commit();
-        mma_wait_for(sums);
     }
 
     INLINE void pass_stage() {
@@ -406,6 +439,7 @@ struct Consumer {
             if (problem.rows % 8 == 0) {
                 *reinterpret_cast<uint4*>(destination) = *reinterpret_cast<const uint4*>(source);
             } else {
+#pragma unroll 1
                 for (int j = 0; j < min(8, problem.rows - row); ++j) destination[j] = reinterpret_cast<const uint16*>(source)[j];
             }
         }
@@ -417,14 +451,13 @@ struct Consumer {
 #pragma unroll 1
         while (schedule.next(segment)) {
             const bool finishes = segment.last == problem.units();
-            const bool outliers = finishes && problem.outlier_weights;
             Sums sums;
 #pragma unroll
             for (int i = 0; i < TOKENS / 2; ++i) sums[i] = 0;
             multiply_blocks(sums, min(segment.last, problem.blocks) - min(segment.first, problem.blocks));
             if (K_GROUPS > 1) reduce_k_groups(sums);
             if (k_group > 0) {
-                for (int stage = 0; outliers && stage < OUTLIER_UNITS; ++stage) {
+                for (int unit = problem.blocks; finishes && unit < problem.units(); ++unit) {
                     ring.wait_full(at);
                     pass_stage();
                 }
@@ -436,7 +469,8 @@ struct Consumer {
             }
             const int split_tile = segment.tile - schedule.whole;
             if (split_tile >= 0 && segment.first > 0) take(sums, split_tile * schedule.units);
-            finish(sums, segment);
+            if (problem.outlier_weights) finish<true>(sums, segment);
+            else finish<false>(sums, segment);
         }
     }
 };
@@ -461,7 +495,7 @@ gemm(const uint8* weights, const uint8* outlier_weights, const uint8* activation
     allow_next_kernel();
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < STAGES; ++stage) {
-            barrier_init(full[stage], 1);
+            barrier_init(full[stage], 2);
             barrier_init(empty[stage], CONSUMER_GROUPS * 4 * CLUSTER);
         }
         barrier_init_fence();
@@ -471,8 +505,8 @@ gemm(const uint8* weights, const uint8* outlier_weights, const uint8* activation
 
     if (group == CONSUMER_GROUPS) {
         if (LARGE) give_registers<PRODUCER_REGISTERS>();
-        if (threadIdx.x == CONSUMER_GROUPS * WARPGROUP)
-            Producer{problem, place, ring, token_tiles > 1 ? policy_evict_last() : policy_evict_first(), policy_evict_last()}.run();
+        if (threadIdx.x == CONSUMER_GROUPS * WARPGROUP) produce_weights(problem, place, ring);
+        if (threadIdx.x == CONSUMER_GROUPS * WARPGROUP + 32) produce_activations(problem, place, ring);
     } else {
         if (LARGE) take_registers<CONSUMER_REGISTERS>();
         Consumer(problem, place, ring, shared + STAGES * STAGE_BYTES, group).run();

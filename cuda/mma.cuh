@@ -15,9 +15,9 @@ INLINE void mma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory")
 INLINE void mma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int IN_FLIGHT> INLINE void mma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(IN_FLIGHT) : "memory"); }
 
-// All MMAs are done; the compiler must not have read an accumulator before this point.
-template <typename T, int COUNT> INLINE void mma_wait_for(T (&accumulator)[COUNT]) {
-    mma_wait<0>();
+// All batches but the last IN_FLIGHT are done, and with them this accumulator: it is not read before this point.
+template <int IN_FLIGHT = 0, int COUNT> INLINE void mma_wait_for(int (&accumulator)[COUNT]) {
+    mma_wait<IN_FLIGHT>();
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) asm volatile("" : "+r"(accumulator[i])::"memory");
 }

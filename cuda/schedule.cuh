@@ -2,13 +2,11 @@
 #pragma once
 #include "load.cuh"
 
-// A run of work units of one tile. The units of a tile are its blocks of 128 channels, then OUTLIER_UNITS for the
-// outlier block; who holds the last unit finishes the tile.
+// A run of work units of one tile. The units of a tile are its blocks of 128 channels and what it takes to finish it;
+// who holds the last unit finishes it.
 struct Segment {
     int tile, first, last;
 };
-
-constexpr int OUTLIER_UNITS = 2;  // an 8-bit block has twice the bytes of a 4-bit one; its two stages of the ring
 
 // Tiles 0 ... whole - 1 go to the clusters in turn. The units of the others are cut into equal runs, one per cluster
 // (stream-K). A cluster begins with the part of its run that leaves a tile unfinished: the next cluster, which

@@ -181,7 +181,7 @@ def _random_weight(scheme: Scheme, out_features: int, in_features: int) -> layou
     body = torch.randint(0, 256, (row_groups, blocks, size), device="cuda", dtype=torch.uint8)
     if bits == 4:
         body[:, :, layouts.ROW_GROUP * layouts.BLOCK // 2 :] &= 0x8F
-    scale = torch.rand(out_features, device="cuda") * 1e-3
+    scale = torch.rand(row_groups * layouts.ROW_GROUP, device="cuda") * 1e-3
     if not scheme.outliers:
         return layouts.GemmWeight(bits, (out_features, in_features), body, scale)
     outliers = torch.randint(0, 256, (row_groups, layouts.INT8_BLOCK_BYTES), device="cuda", dtype=torch.uint8)

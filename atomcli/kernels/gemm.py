@@ -44,7 +44,7 @@ def _check(operand: Operand, weight: GemmWeight, tokens: int, dtype: torch.dtype
         raise UsageError(
             f"token_scale must be fp32 of {padded} values, not {operand.token_scale.dtype} {tuple(operand.token_scale.shape)}."
         )
-    if bias is not None and (bias.dtype != torch.float32 or bias.shape != weight.row_scale.shape):
+    if bias is not None and (bias.dtype != torch.float32 or bias.shape != (weight.shape[0],)):
         raise UsageError(f"The bias must be fp32 ({weight.shape[0]},), not {bias.dtype} {tuple(bias.shape)}.")
     for name, tensor in (("operand", codes), ("weight", weight.body), ("bias", bias)):
         if tensor is not None and not tensor.is_contiguous():

@@ -23,7 +23,7 @@ class GemmWeight:
     """A weight (out_features, in_features) as the GEMM takes it.
 
     body: uint8 (row groups, blocks, INT4_BLOCK_BYTES or INT8_BLOCK_BYTES); outliers: uint8 (row groups,
-    INT8_BLOCK_BYTES) or None; row_scale, outlier_row_scale: fp32 (out_features,).
+    INT8_BLOCK_BYTES) or None; row_scale, outlier_row_scale: fp32 (row groups * 64,).
     """
 
     bits: int
@@ -66,9 +66,16 @@ def prepare_weight(weight: QuantizedWeight) -> GemmWeight:
     else:
         body = pack_int8(codes)
     if weight.outlier_codes is None:
-        return GemmWeight(bits, weight.shape, body, weight.unit)
+        return GemmWeight(bits, weight.shape, body, pad_scale(weight.unit))
     outliers = pack_int8(weight.outlier_codes)[:, 0]
-    return GemmWeight(bits, weight.shape, body, weight.unit, outliers.contiguous(), weight.outlier_scale)
+    assert weight.outlier_scale is not None
+    outlier_scale = pad_scale(weight.outlier_scale)
+    return GemmWeight(bits, weight.shape, body, pad_scale(weight.unit), outliers.contiguous(), outlier_scale)
+
+
+def pad_scale(scale: Tensor) -> Tensor:
+    """Row scales (N,) for whole pairs of row groups."""
+    return torch.nn.functional.pad(scale.float(), (0, -scale.numel() % (2 * ROW_GROUP)))
 
 
 def pack_int4(codes: Tensor, multipliers: Tensor) -> Tensor:

@@ -37,14 +37,14 @@ class Tile:
     @property
     def threads(self) -> int:
         """Threads of a block: the consumers' warpgroups and a producer, which is a whole one where registers move."""
-        return self.row_groups * self.k_groups * WARPGROUP + (WARPGROUP if self.blocks_per_sm == 1 else 32)
+        return self.row_groups * self.k_groups * WARPGROUP + (WARPGROUP if self.blocks_per_sm == 1 else 64)
 
     def shared_bytes(self, weight_bytes: int) -> int:
         """Dynamic shared memory, by the same formula as in the source."""
         stage = self.stage_blocks * (self.tokens * BLOCK + self.row_groups * weight_bytes)
         roomy = self.blocks_per_sm == 1 and self.row_groups * self.k_groups <= 2
         exchange = (self.k_groups - 1) * self.row_groups * ROW_GROUP * self.tokens * 4
-        store = self.row_groups * 4 * min(self.tokens, 32 if roomy else 16) * 48
+        store = self.row_groups * 4 * min(self.tokens, 32 if roomy and self.tokens < 256 else 16) * 48
         return 1024 + self.stages * (-(-stage // 1024) * 1024) + exchange + store
 
     def defines(self, output: torch.dtype) -> dict[str, int | str]:

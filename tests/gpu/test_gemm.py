@@ -53,8 +53,8 @@ class Problem:
         body_packed = layouts.pack_int4(codes, multipliers) if bits == 4 else layouts.pack_int8(codes)
         outliers_packed = layouts.pack_int8(self.outlier_weight)[:, 0].contiguous().to(DEVICE) if outliers else None
         self.gemm_weight = layouts.GemmWeight(
-            bits, (rows, channels), body_packed.to(DEVICE), row_scale, outliers_packed,
-            outlier_row_scale if outliers else None,
+            bits, (rows, channels), body_packed.to(DEVICE), layouts.pad_scale(row_scale), outliers_packed,
+            layouts.pad_scale(outlier_row_scale) if outliers else None,
         )  # fmt: skip
 
     def expected(self, bias: Tensor | None = None) -> Tensor:

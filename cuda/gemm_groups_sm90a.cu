@@ -20,7 +20,11 @@ constexpr WeightScale weight_scale = WEIGHT_SCALE;
 
 constexpr int WARPGROUP = 128;
 constexpr bool LARGE = BLOCKS_PER_SM == 1;  // registers move from a producer warpgroup to the consumers
-constexpr int THREADS = ROW_GROUPS * WARPGROUP + (LARGE ? WARPGROUP : 32);
+// Warps that issue copies: one for the activations, the others for weights. Issuing takes about 0.1 us a copy, which a
+// single warp could not hide behind a k-block's arithmetic.
+constexpr int WEIGHT_PRODUCERS = LARGE ? ROW_GROUPS : 1;
+constexpr int PRODUCERS = 1 + WEIGHT_PRODUCERS;
+constexpr int THREADS = ROW_GROUPS * WARPGROUP + (LARGE ? WARPGROUP : PRODUCERS * 32);
 constexpr int PRODUCER_REGISTERS = ROW_GROUPS == 3 ? 32 : 40;
 constexpr int CONSUMER_REGISTERS = ROW_GROUPS == 3 ? 160 : 232;
 
@@ -35,6 +39,8 @@ constexpr int STORE_TOKENS = TOKENS < 32 ? TOKENS : 32;
 constexpr int STORE_PITCH = 48;  // 16 channels are 32 bytes; 48 keep stmatrix and the reads back free of bank conflicts
 constexpr int OUTLIER_TOKENS = TOKENS < 32 ? TOKENS : 32;  // tokens of one outlier MMA: its sums must fit beside the body's
 
+constexpr int TAKE_TOGETHER = TOKENS <= 16 ? 4 : TOKENS <= 32 ? 2 : 1;  // partial sums on their way at a time
+
 // Codes enter the MMA times 2^-9 (integers) or 2^-6 (E2M1) on both sides.
 constexpr float CODE_UNIT = element == INT4 ? 262144.f : 4096.f;
 
@@ -42,7 +48,7 @@ struct Problem {
     const uint8* weights;           // [row group of 64][block][WEIGHT_BYTES]
     const uint8* outlier_weights;   // [row group][INT8_BLOCK_BYTES], or null
     const uint8* activations;       // [block, the outliers' last][padded_tokens][128], swizzled; outliers are s8
-    const float* group_scales;      // [group][padded_tokens]
+    const float* group_scales;      // [block][padded_tokens][GROUPS]
     const float* row_scale;         // [rows], or null: the tensor scale of E4M3 scales
     const float* outlier_row_scale;
     const float* outlier_token_scale;
@@ -112,49 +118,45 @@ struct Producer {
     const Problem& problem;
     const Ring ring;
     const uint64 weight_policy, activation_policy;
+    const int role;  // 0: activations; otherwise weights of every WEIGHT_PRODUCERS-th row group
 
     // Outlier weights go from memory straight to registers: they are used once, by the one who finishes the tile.
     INLINE void load_weights(const Walk& walk, int stage) const {
-        const int tokens = problem.tile_tokens(walk.segment.tile);
         if (walk.unit == problem.blocks) {
-            barrier_arrive_expecting(ring.full[stage], tokens * BLOCK_K);
+            barrier_arrive(ring.full[stage]);
             return;
         }
-        barrier_arrive_expecting(ring.full[stage], tokens * BLOCK_K + GROUPS * tokens * 4 + ROW_GROUPS * WEIGHT_BYTES);
+        constexpr int SHARE = ROW_GROUPS / WEIGHT_PRODUCERS;
+        barrier_arrive_expecting(ring.full[stage], SHARE * WEIGHT_BYTES);
 #pragma unroll
-        for (int group = 0; group < ROW_GROUPS; ++group)
+        for (int i = 0; i < SHARE; ++i) {
+            const int group = role - 1 + i * WEIGHT_PRODUCERS;
             bulk_copy(ring.weights(stage, group),
                       problem.weights + (problem.row_group(walk.segment.tile, group) * problem.blocks + walk.unit) * WEIGHT_BYTES,
                       WEIGHT_BYTES, ring.full[stage], weight_policy);
+        }
     }
 
     INLINE void load_activations(const Walk& walk, int stage) const {
         const int first = problem.first_token(walk.segment.tile), tokens = problem.tile_tokens(walk.segment.tile);
-        const long long rows = static_cast<long long>(walk.unit) * problem.padded_tokens + first;
-        bulk_copy(ring.activations(stage), problem.activations + rows * BLOCK_K, tokens * BLOCK_K, ring.full[stage], activation_policy);
-        if (walk.unit == problem.blocks) return;
-        for (int group = 0; group < GROUPS; ++group) {
-            const long long scales = static_cast<long long>(walk.unit * GROUPS + group) * problem.padded_tokens + first;
-            bulk_copy(ring.token_scales(stage) + group * TOKENS, problem.group_scales + scales, tokens * 4, ring.full[stage], activation_policy);
-        }
+        const bool outliers = walk.unit == problem.blocks;
+        const long long row = static_cast<long long>(walk.unit) * problem.padded_tokens + first;
+        barrier_arrive_expecting(ring.full[stage], tokens * (BLOCK_K + (outliers ? 0 : GROUPS * 4)));
+        bulk_copy(ring.activations(stage), problem.activations + row * BLOCK_K, tokens * BLOCK_K, ring.full[stage], activation_policy);
+        if (!outliers)
+            bulk_copy(ring.token_scales(stage), problem.group_scales + row * GROUPS, tokens * GROUPS * 4, ring.full[stage], activation_policy);
     }
 
     // Weights do not depend on the previous kernel: the first ring of them is on its way before that has ended.
     INLINE void run() const {
-        Walk ahead(problem);
-        int loaded = 0;
-#pragma unroll 1
-        for (; loaded < STAGES && ahead.next(); ++loaded) load_weights(ahead, loaded);
-        wait_for_previous_kernel();
+        if (role == 0) wait_for_previous_kernel();
         Walk walk(problem);
         RingPosition at;
 #pragma unroll 1
         for (int index = 0; walk.next(); ++index, at.advance()) {
-            if (index >= loaded) {
-                ring.wait_empty(at);
-                load_weights(walk, at.stage);
-            }
-            load_activations(walk, at.stage);
+            if (index >= STAGES) ring.wait_empty(at);
+            if (role == 0) load_activations(walk, at.stage);
+            if (role > 0) load_weights(walk, at.stage);
         }
     }
 };
@@ -188,6 +190,13 @@ INLINE float row_scale(const uint8* scales, int row, int group) {
 
 // -------------------------------------------------------------------------------------------------- consumers
 
+// A warp's place in the work, in shared memory: between tiles nobody has registers to spare.
+struct WorkState {
+    Schedule schedule;
+    Segment segment;
+    int more;
+};
+
 struct Consumer {
     const Problem& problem;
     const Ring ring;
@@ -203,30 +212,38 @@ struct Consumer {
         staging = shared + (group * 4 + warp) * STORE_TOKENS * STORE_PITCH;
     }
 
-    // The MMAs of one group of channels, from zero. A k32 step spans two groups of 16: the other half of A is zero then.
+    // Starts the MMAs of one group of channels, from zero. A k32 step spans two groups of 16: the other half of A is zero then.
     INLINE void multiply(Part& part, const WeightFragment& fragment, uint64 operand, int index) const {
         mma_fence();
         if constexpr (GROUP == 16) {
             const uint32(&step)[4] = fragment.step[index / 2];
             const uint32 half[4] = {index % 2 ? 0 : step[0], index % 2 ? 0 : step[1], index % 2 ? step[2] : 0, index % 2 ? step[3] : 0};
             mma_e4m3(part, half, operand + index / 2 * DESCRIPTOR_K32, 0);
-            mma_commit();
-            mma_wait_for(part);
         } else {
             constexpr int STEPS = GROUP / 32;
 #pragma unroll
             for (int step = 0; step < STEPS; ++step)
                 mma_e4m3(part, fragment.step[index * STEPS + step], operand + (index * STEPS + step) * DESCRIPTOR_K32, step);
-            mma_commit();
-            mma_wait_for(part);
         }
+        mma_commit();
     }
 
-    INLINE void promote_group(Sums& sums, const Part& part, int first, float upper, float lower, const float* token_scales) const {
-        const float2* scales = reinterpret_cast<const float2*>(token_scales + first) + lane % 4;
+    // The MMAs of this part are done, those of `in_flight` later parts need not be.
+    INLINE void wait_for(Part& part, int in_flight) const {
+        if (in_flight == 0) mma_wait<0>();
+        if (in_flight == 1) mma_wait<1>();
+        if (in_flight == 2) mma_wait<2>();
+        if (in_flight == 3) mma_wait<3>();
+#pragma unroll
+        for (int i = 0; i < PART_TOKENS / 2; ++i) asm volatile("" : "+f"(part[i])::"memory");
+    }
+
+    INLINE void promote_group(Sums& sums, const Part& part, int first, int index, float upper, float lower, const float* token_scales) const {
+        const float* scales = token_scales + (first + lane % 4 * 2) * GROUPS + index;
 #pragma unroll
         for (int column = 0; column < PART_TOKENS / 8; ++column) {
-            const float2 scale = scales[column * 4];
+            const float* pair = scales + column * 8 * GROUPS;
+            const float2 scale = GROUPS == 1 ? *reinterpret_cast<const float2*>(pair) : make_float2(pair[0], pair[GROUPS]);
             float* sum = sums + first / 2 + column * 4;
             sum[0] += upper * (scale.x * part[column * 4]);
             sum[1] += upper * (scale.y * part[column * 4 + 1]);
@@ -246,11 +263,19 @@ struct Consumer {
         for (int index = 0; index < GROUPS; ++index) {
             const float upper = row_scale(block + CODE_BYTES, row, index) * CODE_UNIT;
             const float lower = row_scale(block + CODE_BYTES, row + 8, index) * CODE_UNIT;
+            // Parts of the tokens: while one is promoted, the MMAs of the next ones run, as many as registers allow.
+            constexpr int PARTS = TOKENS / PART_TOKENS, TOGETHER = LARGE ? PARTS : 1;
+            static_assert(TOGETHER <= 4, "see wait_for");
 #pragma unroll
-            for (int first = 0; first < TOKENS; first += PART_TOKENS) {
-                Part part;
-                multiply(part, fragment, operand + first * DESCRIPTOR_ROW, index);
-                promote_group(sums, part, first, upper, lower, ring.token_scales(at.stage) + index * TOKENS);
+            for (int begin = 0; begin < PARTS; begin += TOGETHER) {
+                Part parts[TOGETHER];
+#pragma unroll
+                for (int i = 0; i < TOGETHER; ++i) multiply(parts[i], fragment, operand + (begin + i) * PART_TOKENS * DESCRIPTOR_ROW, index);
+#pragma unroll
+                for (int i = 0; i < TOGETHER; ++i) {
+                    wait_for(parts[i], TOGETHER - 1 - i);
+                    promote_group(sums, parts[i], (begin + i) * PART_TOKENS, index, upper, lower, ring.token_scales(at.stage));
+                }
             }
         }
         ring.release(at.stage, lane);
@@ -270,26 +295,46 @@ struct Consumer {
         if (lane == 0) raise_flag(flag(blockIdx.x));
     }
 
-    // Adds what the blocks before this one have summed of the tile whose first unit is `tile_begin`, nearest first.
+    // Blocks beyond the units to share have nothing to give.
+    INLINE bool gives(int block, int total) const {
+        return Schedule::run_begin(total, block, gridDim.x) < Schedule::run_begin(total, block + 1, gridDim.x);
+    }
+
+    // Adds what the blocks before this one have summed of the tile whose first unit is `tile_begin`, nearest first. Each
+    // lane waits for another block, so that a row of flags costs the time of one.
     INLINE void take(Sums& sums, int tile_begin) const {
         const int total = problem.split_tiles * problem.units();
-        int begin = Schedule::run_begin(total, blockIdx.x, gridDim.x);
-        for (int block = blockIdx.x - 1; begin > tile_begin; --block) {
-            const int end = begin;
-            begin = Schedule::run_begin(total, block, gridDim.x);
-            if (begin == end) continue;
-            wait_for_flag(flag(block));
-            const float4* source = partial(block);
+#pragma unroll 1
+        for (int last = blockIdx.x - 1; Schedule::run_begin(total, last + 1, gridDim.x) > tile_begin; last -= 32) {
+            const int mine = last - lane;
+            const bool waits = mine >= 0 && gives(mine, total) && Schedule::run_begin(total, mine + 1, gridDim.x) > tile_begin;
+            if (waits) wait_for_flag(flag(mine));
+            unsigned waiting = __ballot_sync(~0u, waits);
+#pragma unroll 1
+            while (waiting) {
+                const float4* sources[TAKE_TOGETHER];
+                float share[TAKE_TOGETHER];  // 0 where there are fewer left
 #pragma unroll
-            for (int i = 0; i < TOKENS / 8; ++i) {
-                const float4 other = __ldcg(source + i * 32);
-                sums[4 * i] += other.x;
-                sums[4 * i + 1] += other.y;
-                sums[4 * i + 2] += other.z;
-                sums[4 * i + 3] += other.w;
+                for (int part = 0; part < TAKE_TOGETHER; ++part) {
+                    sources[part] = waiting ? partial(last - (__ffs(waiting) - 1)) : sources[0];
+                    share[part] = waiting ? 1.f : 0.f;
+                    waiting &= waiting - 1;
+                }
+#pragma unroll
+                for (int i = 0; i < TOKENS / 8; ++i) {
+                    float4 parts[TAKE_TOGETHER];
+#pragma unroll
+                    for (int part = 0; part < TAKE_TOGETHER; ++part) parts[part] = __ldcg(sources[part] + i * 32);
+#pragma unroll
+                    for (int part = 0; part < TAKE_TOGETHER; ++part) {
+                        sums[4 * i] += share[part] * parts[part].x;
+                        sums[4 * i + 1] += share[part] * parts[part].y;
+                        sums[4 * i + 2] += share[part] * parts[part].z;
+                        sums[4 * i + 3] += share[part] * parts[part].w;
+                    }
+                }
             }
-            __syncwarp();
-            if (lane == 0) *flag(block) = 0;
+            if (waits) *flag(mine) = 0;
         }
     }
 
@@ -303,12 +348,16 @@ struct Consumer {
         for (int i = 0; i < TOKENS / 2; ++i) sums[i] *= i / 2 % 2 ? lower : upper;
     }
 
-    INLINE void add_outliers(Sums& sums, int tile, int row) {
-        WeightFragment fragment;
+    INLINE void read_outliers(WeightFragment& fragment, int tile) const {
         unpack_int8(fragment, problem.outlier_weights + problem.row_group(tile, group) * INT8_BLOCK_BYTES, thread);
+    }
+
+    INLINE void add_outliers(Sums& sums, const WeightFragment& fragment, int tile, int row) {
         const float upper = per_row(problem.outlier_row_scale, row, 0.f), lower = per_row(problem.outlier_row_scale, row + 8, 0.f);
         ring.wait_full(at);
         const uint64 operand = operand_descriptor(ring.activations(at.stage));
+        const float2* token_scales = reinterpret_cast<const float2*>(problem.outlier_token_scale + problem.first_token(tile)) + lane % 4;
+        const int tokens = problem.tile_tokens(tile);  // padded tokens come in eights
 #pragma unroll
         for (int chunk = 0; chunk < TOKENS / OUTLIER_TOKENS; ++chunk) {
             int part[OUTLIER_TOKENS / 2];
@@ -319,12 +368,16 @@ struct Consumer {
             for (int step = 0; step < 4; ++step)
                 mma(part, fragment.step[step], operand + chunk * OUTLIER_TOKENS * DESCRIPTOR_ROW + step * DESCRIPTOR_K32);
             mma_commit();
-            mma_wait_for(part);
+            mma_wait_for<0>(part);
 #pragma unroll
-            for (int i = 0; i < OUTLIER_TOKENS / 2; ++i) {
-                const int token = problem.first_token(tile) + chunk * OUTLIER_TOKENS + i / 4 * 8 + lane % 4 * 2 + i % 2;
-                const float scale = problem.outlier_token_scale[min(token, problem.padded_tokens - 1)];
-                sums[chunk * OUTLIER_TOKENS / 2 + i] += static_cast<float>(part[i]) * (i / 2 % 2 ? lower : upper) * scale;
+            for (int column = 0; column < OUTLIER_TOKENS / 8; ++column) {
+                const int first = chunk * OUTLIER_TOKENS + column * 8;
+                const float2 scale = first < tokens ? token_scales[first / 2] : make_float2(0.f, 0.f);
+                float* sum = sums + first / 2;
+                sum[0] += static_cast<float>(part[column * 4]) * upper * scale.x;
+                sum[1] += static_cast<float>(part[column * 4 + 1]) * upper * scale.y;
+                sum[2] += static_cast<float>(part[column * 4 + 2]) * lower * scale.x;
+                sum[3] += static_cast<float>(part[column * 4 + 3]) * lower * scale.y;
             }
         }
         ring.release(at.stage, lane);
@@ -369,27 +422,39 @@ struct Consumer {
         }
     }
 
-    INLINE void run() {
-        Schedule schedule = problem.schedule();
-        Segment segment;
+    INLINE void run(WorkState* states) {
+        WorkState& state = states[group * 4 + warp];
+        if (lane == 0) state.schedule = problem.schedule();
 #pragma unroll 1
-        while (schedule.next(segment)) {
+        while (true) {
+            if (lane == 0) state.more = state.schedule.next(state.segment);
+            __syncwarp();
+            if (!state.more) return;
+            const Segment& segment = state.segment;
+            const Schedule& schedule = state.schedule;
             Sums sums;
 #pragma unroll
             for (int i = 0; i < TOKENS / 2; ++i) sums[i] = 0.f;
             const int last = min(segment.last, problem.blocks);
+            const bool finishes = segment.last == problem.units(), outliers = finishes && problem.outlier_weights;
+            WeightFragment fragment;  // of the outliers; where registers allow, it is read ahead
+            if (TOKENS <= 32 && outliers) read_outliers(fragment, segment.tile);
 #pragma unroll 1
             for (int block = segment.first; block < last; ++block) multiply_block(sums);
-            if (segment.last < problem.units()) {
+            if (!finishes) {
                 give(sums);
+                __syncwarp();
                 continue;
             }
             const int split_tile = segment.tile - schedule.whole;
             if (split_tile >= 0 && segment.first > 0) take(sums, split_tile * schedule.units);
             const int first_row = problem.first_row(segment.tile, group) + warp * 16;
             if (problem.row_scale) scale_rows(sums, first_row + lane / 4);
-            if (problem.outlier_weights) add_outliers(sums, segment.tile, first_row + lane / 4);
-            store(sums, segment.tile, first_row);
+            if (outliers) {
+                if (TOKENS > 32) read_outliers(fragment, segment.tile);
+                add_outliers(sums, fragment, segment.tile, first_row + lane / 4);
+            }
+            store(sums, segment.tile, first_row);  // ends with all lanes done with the state
         }
     }
 };
@@ -402,6 +467,7 @@ gemm(const uint8* weights, const uint8* outlier_weights, const uint8* activation
      int rows, int tokens, int padded_tokens, int blocks, int row_tiles, int token_tiles, int split_tiles) {
     extern __shared__ uint8 memory[];
     __shared__ uint64 full[STAGES], empty[STAGES];
+    __shared__ alignas(8) uint8 states[ROW_GROUPS * 4 * sizeof(WorkState)];
     // An offset, not a rounded pointer: a pointer that went through an integer is no longer known to be shared.
     uint8* shared = memory + (1024 - shared_address(memory) % 1024) % 1024;
     const Problem problem{weights, outlier_weights, activations, group_scales, row_scale, outlier_row_scale, outlier_token_scale, bias,
@@ -412,7 +478,7 @@ gemm(const uint8* weights, const uint8* outlier_weights, const uint8* activation
     allow_next_kernel();
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < STAGES; ++stage) {
-            barrier_init(full[stage], 1);
+            barrier_init(full[stage], PRODUCERS);
             barrier_init(empty[stage], ROW_GROUPS * 4);
         }
         barrier_init_fence();
@@ -421,10 +487,11 @@ gemm(const uint8* weights, const uint8* outlier_weights, const uint8* activation
 
     if (group == ROW_GROUPS) {
         if (LARGE) give_registers<PRODUCER_REGISTERS>();
-        if (threadIdx.x == ROW_GROUPS * WARPGROUP)
-            Producer{problem, ring, token_tiles > 1 ? policy_evict_last() : policy_evict_first(), policy_evict_last()}.run();
+        const int role = __shfl_sync(~0u, threadIdx.x / 32, 0) - ROW_GROUPS * 4;
+        if (threadIdx.x % 32 == 0 && role < PRODUCERS)
+            Producer{problem, ring, token_tiles > 1 ? policy_evict_last() : policy_evict_first(), policy_evict_last(), role}.run();
     } else {
         if (LARGE) take_registers<CONSUMER_REGISTERS>();
-        Consumer(problem, ring, shared + STAGES * STAGE_BYTES, group).run();
+        Consumer(problem, ring, shared + STAGES * STAGE_BYTES, group).run(reinterpret_cast<WorkState*>(states));
     }
 }

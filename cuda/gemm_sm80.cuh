@@ -159,15 +159,16 @@ INLINE void store(const float (&results)[ROW_TILES][TOKEN_TILES][4], uint8* memo
                 staging[token * OUTPUT_PITCH + row] = from_float<OUTPUT>(results[row_tile][token_tile][i]);
             }
     __syncthreads();
-    const bool aligned = problem.rows % 8 == 0;
-    for (int at = threadIdx.x * 8; at < TOKENS * ROWS; at += THREADS * 8) {
+    constexpr int WIDTH = 16 / sizeof(OUTPUT);
+    const bool aligned = problem.rows % WIDTH == 0;
+    for (int at = threadIdx.x * WIDTH; at < TOKENS * ROWS; at += THREADS * WIDTH) {
         const int token = tile.first_token + at / ROWS, row = tile.first_row + at % ROWS;
         if (token >= problem.tokens || row >= problem.rows) continue;
         const OUTPUT* source = staging + at / ROWS * OUTPUT_PITCH + at % ROWS;
         OUTPUT* destination = problem.output + static_cast<long long>(token) * problem.rows + row;
         if (aligned) *reinterpret_cast<uint4*>(destination) = *reinterpret_cast<const uint4*>(source);
         else
-            for (int i = 0; i < min(8, problem.rows - row); ++i) destination[i] = source[i];
+            for (int i = 0; i < min(WIDTH, problem.rows - row); ++i) destination[i] = source[i];
     }
 }
 

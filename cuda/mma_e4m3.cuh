@@ -4,12 +4,6 @@
 #pragma once
 #include "mma.cuh"
 
-template <int COUNT> INLINE void mma_wait_for(float (&accumulator)[COUNT]) {
-    mma_wait<0>();
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(accumulator[i])::"memory");
-}
-
 #define P0 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define P16 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define P32 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"

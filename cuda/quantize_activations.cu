@@ -33,6 +33,13 @@ constexpr int channels_per_lane = CHANNELS;
 constexpr int blocks_per_lane = BLOCKS;  // k-blocks that a lane keeps in registers
 constexpr bool in_passes = PASSES;       // rows too long for that are transformed twice
 
+constexpr bool has_norm = prologue == NORM || prologue == ADD_NORM;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool overlaps = false;
+#else
+constexpr bool overlaps = true;  // this kernel may start before the previous one has ended
+#endif
+constexpr bool ahead = overlaps && has_table && !in_passes && blocks_per_lane * channels_per_lane <= 16;  // indices fit into registers
 constexpr int block_channels = 128;
 constexpr int lanes_per_block = block_channels / channels_per_lane;
 constexpr int groups_per_block = block_channels / group;
@@ -77,7 +84,7 @@ __device__ __forceinline__ float sum_over_block(float value, Shared& shared) {
 
 // Brings the token's row into shared memory, rounded to the input's dtype wherever torch would hold it in a tensor.
 __device__ __forceinline__ void stage_row(Input* row, Shared& shared, const Input* x, const Input* other, const Input* norm_weight,
-                                          Input* residual_out, Input* row_out, int channels, float epsilon, int unit_offset) {
+                                          const StageChunk& first_weight, Input* residual_out, Input* row_out, int channels, float epsilon, int unit_offset) {
   float squares = 0.0f;
   for (int channel = threadIdx.x * stage_width; channel < channels; channel += blockDim.x * stage_width) {
     StageChunk in = *reinterpret_cast<const StageChunk*>(x + channel), second, out;
@@ -87,7 +94,7 @@ __device__ __forceinline__ void stage_row(Input* row, Shared& shared, const Inpu
       float value = to_float(in.values[i]);
       if (prologue == ADD_NORM) value = rounded<Input>(value + to_float(second.values[i]));
       if (prologue == SILU_MUL) value = rounded<Input>(silu(value)) * to_float(second.values[i]);
-      if (prologue == NORM || prologue == ADD_NORM) squares += value * value;
+      if (has_norm) squares += value * value;
       out.values[i] = from_float<Input>(value);
     }
     *reinterpret_cast<StageChunk*>(row + channel) = out;
@@ -95,11 +102,12 @@ __device__ __forceinline__ void stage_row(Input* row, Shared& shared, const Inpu
     if (prologue == SILU_MUL && row_out) *reinterpret_cast<StageChunk*>(row_out + channel) = out;
   }
   if (threadIdx.x == 0) row[channels] = from_float<Input>(0.0f);
-  if (prologue == NORM || prologue == ADD_NORM) {
+  if (has_norm) {
     float inverse = rsqrtf(sum_over_block(squares, shared) / (float)channels + epsilon);
     for (int channel = threadIdx.x * stage_width; channel < channels; channel += blockDim.x * stage_width) {
       StageChunk chunk = *reinterpret_cast<StageChunk*>(row + channel);
-      StageChunk weight = *reinterpret_cast<const StageChunk*>(norm_weight + channel);
+      StageChunk weight = first_weight;
+      if (!overlaps || channel >= blockDim.x * stage_width) weight = *reinterpret_cast<const StageChunk*>(norm_weight + channel);
 #pragma unroll
       for (int i = 0; i < stage_width; i++) {
         float value = to_float(chunk.values[i]) * inverse, scale = to_float(weight.values[i]);
@@ -129,13 +137,25 @@ __device__ __forceinline__ int first_channel(int block, const Shape& shape) {
 
 using Values = float[channels_per_lane];
 
+// Sources of four neighbouring operand channels.
+struct alignas(sizeof(Index) * 4) Indices {
+  Index index[4];
+};
+using LaneIndices = Indices[channels_per_lane / 4];
+
+__device__ __forceinline__ void read_indices(LaneIndices& indices, const Index* table, int block, int position) {
+#pragma unroll
+  for (int i = 0; i < channels_per_lane / 4; i++)
+    indices[i] = *reinterpret_cast<const Indices*>(table + block * block_channels + position + 4 * i);
+}
+
 // The lane's channels of one k-block, in the layout's order; padding channels are zero.
-__device__ __forceinline__ void gather(Values& values, const Input* row, const Index* table, int block, int position, const Shape& shape) {
+__device__ __forceinline__ void gather(Values& values, const Input* row, const Index* table, const LaneIndices& known, int block, int position,
+                                       const Shape& shape) {
   if (has_table) {
-    struct alignas(sizeof(Index) * 4) Indices { Index index[4]; };
 #pragma unroll
     for (int i = 0; i < channels_per_lane; i += 4) {
-      Indices four = *reinterpret_cast<const Indices*>(table + block * block_channels + position + i);
+      Indices four = ahead ? known[i / 4] : *reinterpret_cast<const Indices*>(table + block * block_channels + position + i);
 #pragma unroll
       for (int j = 0; j < 4; j++) {
         float value = to_float(row[four.index[j] & (Index)~sign_bit]);
@@ -200,9 +220,10 @@ template <bool ragged> __device__ __forceinline__ void hadamard(Values& values, 
   }
 }
 
-__device__ __forceinline__ void transform(Values& values, const Input* row, const Index* table, int block, int position, const Shape& shape) {
+__device__ __forceinline__ void transform(Values& values, const Input* row, const Index* table, const LaneIndices& known, int block, int position,
+                                          const Shape& shape) {
   if (block < shape.blocks) {
-    gather(values, row, table, block, position, shape);
+    gather(values, row, table, known, block, position, shape);
   } else {
 #pragma unroll
     for (int i = 0; i < channels_per_lane; i++) values[i] = 0.0f;
@@ -356,9 +377,9 @@ __device__ __forceinline__ size_t nibble_address(int block, int position, int to
   return row * 64 + (((position >> 5) ^ (token >> 1 & 3)) << 4) + (position >> 1 & 15);
 }
 
-// Scales lie by group, then token; beside nibbles a token's scales of one k-block stay together, as block-scaled MMAs take them.
+// Scales of 8-bit integers lie by group, then token; for other containers a token's scales of one k-block stay together.
 __device__ __forceinline__ size_t scale_address(int block, int group_of_block, int token, int padded_tokens) {
-  if (container == NIBBLE) return ((size_t)block * padded_tokens + token) * groups_per_block + group_of_block;
+  if (container != S8) return ((size_t)block * padded_tokens + token) * groups_per_block + group_of_block;
   return (size_t)(block * groups_per_block + group_of_block) * padded_tokens + token;
 }
 
@@ -367,7 +388,7 @@ __device__ __forceinline__ size_t scale_address(int block, int group_of_block, i
 // x, other (residual or up): rows of `channels`, strides in elements. norm_weight (channels,). table (blocks * 128,): the
 // source of each operand channel, `channels` for padding, with the sign in the top bit. residual_out receives x + other,
 // row_out (or null) what the layer's input is before the transform. operand: body k-blocks, outlier_operand: theirs.
-// token_scale, outlier_scale (padded_tokens,) fp32; group_scales (groups, padded_tokens), beside nibbles
+// token_scale, outlier_scale (padded_tokens,) fp32; group_scales (groups, padded_tokens) of S8, otherwise
 // (k-blocks, padded_tokens, groups of a block): as stored, fp16 or bytes, and for the e4m3 container what they are worth, fp32.
 // CTAs past `tokens` fill the padding rows with zeros.
 extern "C" __global__ void __launch_bounds__(THREADS)
@@ -387,10 +408,20 @@ quantize_activations(const Input* x, const Input* other, const Input* norm_weigh
 
   if (threadIdx.x < 2) shared.absmax[threadIdx.x] = 0;
   allow_next_kernel();
+  // What does not come from the previous kernel is fetched while that one ends.
+  LaneIndices indices[blocks_per_lane];
+  if (ahead) {
+#pragma unroll
+    for (int i = 0; i < blocks_per_lane; i++)
+      if (slot + i * slots < shape.blocks) read_indices(indices[i], table, slot + i * slots, position);
+  }
+  StageChunk first_weight;  // of the norm
+  int first = threadIdx.x * stage_width;
+  if (overlaps && has_norm && first < channels) first_weight = *reinterpret_cast<const StageChunk*>(norm_weight + first);
   wait_for_previous_kernel();
   if (token < tokens) {
     size_t offset = (size_t)token * channels;
-    stage_row(row, shared, x + (size_t)token * x_stride, other + (size_t)token * other_stride, norm_weight, residual_out + offset,
+    stage_row(row, shared, x + (size_t)token * x_stride, other + (size_t)token * other_stride, norm_weight, first_weight, residual_out + offset,
               row_out ? row_out + offset : nullptr, channels, epsilon, unit_offset);
   } else {
     for (int channel = threadIdx.x; channel <= channels; channel += blockDim.x) row[channel] = from_float<Input>(0.0f);
@@ -407,7 +438,7 @@ quantize_activations(const Input* x, const Input* other, const Input* norm_weigh
 #pragma unroll
     for (int i = 0; i < blocks_per_lane; i++) {
       int block = slot + (pass * stride + i) * slots;
-      transform(values[i], row, table, block, position, shape);
+      transform(values[i], row, table, indices[i], block, position, shape);
       ranges[i] = group_range(values[i]);
       float reach = absmax_of(ranges[i]);
       absmax = fmaxf(absmax, block < shape.body_blocks ? reach : 0.0f);
@@ -434,7 +465,7 @@ quantize_activations(const Input* x, const Input* other, const Input* norm_weigh
     for (int i = 0; i < blocks_per_lane; i++) {
       int block = slot + (pass * stride + i) * slots;
       if (in_passes) {
-        transform(values[i], row, table, block, position, shape);
+        transform(values[i], row, table, indices[i], block, position, shape);
         ranges[i] = group_range(values[i]);
       }
       if (block >= shape.blocks) continue;

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from atomcli.formats.scheme import Scheme
+from atomcli.kernels import warp_gemm
 from atomcli.kernels.compiler import load_kernel
 from atomcli.kernels.group_layouts import CHANNELS, ROWS, Codes, PackedGroups
 from atomcli.kernels.quantize import Operand
@@ -82,31 +83,8 @@ def shape_for(tokens: int, scheme: Scheme, dtype: torch.dtype) -> Shape:
         "WEIGHT_SCALE": scale,
         "OUTPUT": {torch.bfloat16: "Bfloat16", torch.float16: "Float16"}[dtype],
     }
-    threads = row_groups * 128 + (32 if small else 128)
+    threads = row_groups * 128 + (64 if small else 128)
     return Shape(defines, threads, fixed + stages * stage, row_groups * ROWS, tile, 2 if small else 1)
-
-
-class Workspace(NamedTuple):
-    """Where blocks that share a tile leave their sums: `partials` is scratch, `flags` is zero between launches."""
-
-    partials: Tensor
-    flags: Tensor
-
-
-_workspaces: dict[tuple[int | None, int, str], Workspace] = {}
-
-
-def workspace(device: torch.device, name: str, partial_floats: int, flags: int) -> Workspace:
-    """The workspace of this kind on the current stream; kernels of one stream run one after another and may share it."""
-    key = (device.index, torch.cuda.current_stream(device).cuda_stream, name)
-    found = _workspaces.get(key)
-    if found is None or found.partials.numel() < partial_floats or found.flags.numel() < flags:
-        found = Workspace(
-            torch.empty(partial_floats, dtype=torch.float32, device=device),
-            torch.zeros(flags, dtype=torch.int32, device=device),
-        )
-        _workspaces[key] = found
-    return found
 
 
 def multiply(
@@ -133,7 +111,7 @@ def _multiply_sm90a(operand: Operand, weight: PackedGroups, shape: Shape, output
     # Whole rounds of tiles go to the blocks one each; what is left over, or all of a small problem, is split among them.
     split_tiles = row_tiles * token_tiles % grid
     row_groups = shape.rows // ROWS
-    scratch = workspace(device, "groups", grid * shape.rows * shape.tokens, grid * row_groups * 4)
+    scratch = warp_gemm.workspace(device, "groups", grid * shape.rows * shape.tokens, grid * row_groups * 4)
     kernel = load_kernel("gemm_groups_sm90a.cu", "gemm", device, shape.defines, shape.shared_bytes)
     kernel.launch(
         grid, shape.threads, weight.blocks, weight.outliers, operand.codes, operand.group_scales, weight.row_scale,
@@ -142,23 +120,9 @@ def _multiply_sm90a(operand: Operand, weight: PackedGroups, shape: Shape, output
     )  # fmt: skip
 
 
-def tile_sm80(tokens: int, output: str, blocks: int, row_groups: int, processors: int) -> tuple[dict[str, int | str], int, int]:
-    """Defines, output rows of a tile and splits for the warp-MMA kernels: large tiles for many tokens, else split channels."""
-    if tokens > 64:
-        defines: dict[str, int | str] = {"ROW_WARPS": 4, "TOKEN_WARPS": 2, "ROW_TILES": 2, "TOKEN_TILES": 8, "STAGES": 3}
-    else:
-        tiles = next(n for n in (1, 2, 4, 8) if tokens <= 8 * n)
-        defines = {"ROW_WARPS": 4, "TOKEN_WARPS": 1, "ROW_TILES": 1, "TOKEN_TILES": tiles, "STAGES": 6 if tiles <= 4 else 4}
-    rows = int(defines["ROW_WARPS"]) * int(defines["ROW_TILES"]) * 16
-    tile_tokens = int(defines["TOKEN_WARPS"]) * int(defines["TOKEN_TILES"]) * 8
-    tiles = -(-row_groups * ROWS // rows) * -(-tokens // tile_tokens)
-    splits = max(1, min(processors * 4 // tiles, blocks // 4)) if tokens <= 64 else 1
-    return {**defines, "OUTPUT": output}, rows, splits
-
-
 def _multiply_nibbles(operand: Operand, weight: PackedGroups, scheme: Scheme, output: Tensor, bias: Tensor | None) -> None:
     file, defines = nibble_kernel(scheme)
-    launch_sm80(file, defines, weight.blocks, weight.outliers, operand, weight.row_scale, weight.outlier_scale, bias, output)
+    warp_gemm.launch(file, defines, weight.blocks, weight.outliers, operand, weight.row_scale, weight.outlier_scale, bias, output)
 
 
 def nibble_kernel(scheme: Scheme) -> tuple[str, dict[str, int | str]]:
@@ -167,34 +131,3 @@ def nibble_kernel(scheme: Scheme) -> tuple[str, dict[str, int | str]]:
         return "gemm_w4a4_exact_sm80.cu", {}
     assert scheme.weights.group is not None
     return "gemm_fp4_sm120a.cu", {"GROUP": scheme.weights.group}
-
-
-def launch_sm80(
-    file: str, extra: Mapping[str, int | str], blocks: Tensor, outliers: Tensor | None, operand: Operand,
-    row_scale: Tensor | None, outlier_scale: Tensor | None, bias: Tensor | None, output: Tensor,
-) -> None:  # fmt: skip
-    """Launch a kernel of cuda/gemm_sm80.cuh; `blocks` (row groups, k-blocks, bytes) are the packed weights."""
-    device, (tokens, out_features) = output.device, output.shape
-    row_groups, k_blocks, weight_bytes = blocks.shape
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    output_name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[output.dtype]
-    defines, rows, splits = tile_sm80(tokens, output_name, k_blocks, row_groups, processors)
-    defines = {**defines, **extra}
-    warps = int(defines["ROW_WARPS"]) * int(defines["TOKEN_WARPS"])
-    tile_tokens = int(defines["TOKEN_WARPS"]) * int(defines["TOKEN_TILES"]) * 8
-    token_bytes = operand.codes.shape[2]
-    scale_bytes = operand.group_scales[0, 0].nbytes if token_bytes == 64 else 0
-    stage = rows // ROWS * weight_bytes + tile_tokens * (token_bytes + scale_bytes)
-    ring = -(-stage // 128) * 128 * int(defines["STAGES"])
-    outlier_stage = rows // ROWS * ROWS * CHANNELS + tile_tokens * CHANNELS if outliers is not None else 0
-    staging = tile_tokens * (rows + 8) * 2
-    grid = (-(-out_features // rows), -(-tokens // tile_tokens), splits)
-    tiles = grid[0] * grid[1]
-    scratch = workspace(device, "sm80", tiles * splits * rows * tile_tokens if splits > 1 else 1, tiles)
-    outlier_codes = operand.outlier_codes if token_bytes == 64 else operand.codes[k_blocks:]
-    kernel = load_kernel(file, "gemm", device, defines, max(ring, outlier_stage, staging))
-    kernel.launch(
-        grid, warps * 32, blocks, outliers, operand.codes, outlier_codes, operand.group_scales, row_scale, outlier_scale,
-        operand.token_scale, operand.outlier_scale, bias, output, scratch.partials, scratch.flags, out_features, tokens,
-        operand.token_scale.shape[0], k_blocks,
-    )  # fmt: skip

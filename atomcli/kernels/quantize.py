@@ -36,8 +36,8 @@ class Operand(NamedTuple):
     codes: uint8 (k-blocks, T_pad, 128), 16-byte chunks of a row swizzled by its number. Nibbles: (body k-blocks, T_pad, 64),
     and the outliers apart, in outlier_codes (outlier k-blocks, T_pad, 128), which is empty otherwise. token_scale,
     outlier_scale: fp32 (T_pad,). group_scales: (G_pad, T_pad) in their stored dtype, G_pad the groups of whole k-blocks;
-    fp32 values for e4m3 bytes, which a GEMM promotes with; (k-blocks, T_pad, groups of a k-block) beside nibbles; empty where
-    the format has none. Padding rows are zero.
+    beside nibbles and e4m3 bytes (k-blocks, T_pad, groups of a k-block), for the latter the fp32 values that a GEMM promotes
+    with; empty where the format has none. Padding rows are zero.
     """
 
     codes: Tensor
@@ -300,7 +300,7 @@ def allocate(
         *(x.new_empty(shape, dtype=torch.uint8) for shape in shapes),
         x.new_empty((padded,), dtype=torch.float32),
         x.new_empty((padded,), dtype=torch.float32),
-        x.new_empty((body_blocks, padded, groups // body_blocks) if container == "nibble" else (groups, padded), dtype=torch.float32 if container == "e4m3" else GROUP_SCALE_DTYPES.get(format.scale, torch.float16)),
+        x.new_empty((body_blocks, padded, groups // max(body_blocks, 1)) if container != "s8" else (groups, padded), dtype=torch.float32 if container == "e4m3" else GROUP_SCALE_DTYPES.get(format.scale, torch.float16)),
         x.new_empty(x.shape if prologue == "add_norm" else (0,)),
         x.new_empty(x.shape if want_row else (0,)),
     )

@@ -103,10 +103,11 @@ def assert_equal(operand: Operand, expected: QuantizedActivations, container: st
         assert torch.equal(operand.outlier_scale[:tokens], expected.outlier_scale)
     if expected.group_scales is not None:
         groups = expected.group_scales.shape[1]
-        if container == "e4m3":
-            assert torch.equal(operand.group_scales[:groups, :tokens].T, expected.scales())
-            return
-        stored = operand.group_scales.view(torch.uint8 if format.scale != "fp16" else torch.int16)
-        if container == "nibble":
-            stored = stored.transpose(1, 2).flatten(0, 1)
-        assert torch.equal(stored[:groups, :tokens].T, expected.group_scales.view(stored.dtype))
+        stored = operand.group_scales if container == "s8" else operand.group_scales.transpose(1, 2).flatten(0, 1)
+        wanted = expected.scales() if container == "e4m3" else expected.group_scales.float()
+        assert torch.equal(_numbers(stored, format.scale)[:groups, :tokens].T, wanted)
+
+
+def _numbers(stored: Tensor, scale: str) -> Tensor:
+    """Stored scales as fp32; E8M0 exponents as numbers."""
+    return stored.view(torch.float8_e4m3fn).float() if stored.dtype == torch.uint8 and scale == "e4m3" else stored.float()

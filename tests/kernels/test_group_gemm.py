@@ -7,7 +7,7 @@ from torch import Tensor
 from atomcli.errors import InputError
 from atomcli.formats.scheme import SCHEMES
 from atomcli.formats.weights import QuantizedWeight
-from atomcli.kernels import group_gemm, reference
+from atomcli.kernels import group_gemm, reference, warp_gemm
 from atomcli.kernels.compiler import compile_source
 from atomcli.kernels.group_layouts import pack_groups, pack_int8
 from tests.kernels import quantize_cases as cases
@@ -130,7 +130,7 @@ def test_a_code_outside_the_grid_is_refused() -> None:
 @pytest.mark.parametrize("arch", ["80", "86", "89"])
 @pytest.mark.parametrize("tokens", [8, 4096])
 def test_int4_is_native_before_hopper(arch: str, tokens: int, tmp_path) -> None:
-    defines, _, _ = group_gemm.tile_sm80(tokens, "bf16", 32, 64, 108)
+    defines, _, _ = warp_gemm.tile(tokens, "bf16", 32, 64, 108)
     program = compile_source(SM80, arch, defines)
     assert program.resources["gemm"].spill_bytes == 0
     text = sass(program.cubin, tmp_path)
@@ -146,7 +146,7 @@ def test_int4_is_native_before_hopper(arch: str, tokens: int, tmp_path) -> None:
 @pytest.mark.parametrize("name", ["e2m1-g128", "mxfp4", "nvfp4"])
 def test_blackwell_multiplies_fp4(name: str, tokens: int, tmp_path) -> None:
     file, defines = group_gemm.nibble_kernel(GROUP_SCHEMES[name])
-    tile, _, _ = group_gemm.tile_sm80(tokens, "bf16", 32, 64, 170)
+    tile, _, _ = warp_gemm.tile(tokens, "bf16", 32, 64, 170)
     program = compile_source(file, "120a", {**tile, **defines})
     assert program.resources["gemm"].spill_bytes == 0
     assert "OMMA.SF.16864" in sass(program.cubin, tmp_path)

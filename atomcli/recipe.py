@@ -7,7 +7,9 @@ Everything a run depends on is in the resolved recipe, which is saved with the r
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -16,7 +18,17 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from atomcli.errors import UsageError
-from atomcli.formats.scheme import GROUPS, SCHEMES, ActivationFormat, Element, KVFormat, ScaleKind, Scheme, WeightFormat
+from atomcli.formats.scheme import (
+    GROUPS,
+    SCHEMES,
+    ActivationFormat,
+    Element,
+    KVFormat,
+    ScaleKind,
+    Scheme,
+    WeightFormat,
+    scheme_named,
+)
 from atomcli.resources import resource_directory
 
 # format -> its own group and scale type (OCP MX, NVFP4)
@@ -32,6 +44,7 @@ _ELEMENTS: dict[str, Element] = {
 
 NumberFormat = Literal["int4", "int8", "e2m1", "mxfp4", "nvfp4", "none"]
 ScaleRule = Literal["absmax", "two_level"]
+TokenWeights = Literal["none", "residual"]
 
 
 class Section(BaseModel):
@@ -98,10 +111,18 @@ class Numbers(Section):
 
 
 class Weights(Numbers):
-    """How weights become numbers: format, group, rule of the scales, rounding, clip ratio."""
+    """How weights become numbers: format, group, rule of the scales, rounding, clip ratio, and GPTQ's Hessian.
+
+    `damping` is added to the Hessian's diagonal, relative to its mean or to each entry by itself. `token_weights`
+    residual counts a token in the Hessians of o and down by 1 / the mean square of its residual stream, to which their
+    output is added: an error matters in proportion to what it is added to.
+    """
 
     rounding: Literal["gptq", "rtn"] = "gptq"
     clip: float | Literal["search"] = 1.0
+    damping: float = Field(default=0.01, gt=0, le=1)
+    damping_rule: Literal["mean", "relative"] = "mean"
+    token_weights: TokenWeights = "none"
 
     @field_validator("clip")
     @classmethod
@@ -149,10 +170,8 @@ class Rule(Section):
     @field_validator("scheme")
     @classmethod
     def known_scheme(cls, scheme: str | None) -> str | None:
-        """A scheme is one of the named ones."""
-        if scheme is not None and scheme not in SCHEMES:
-            raise ValueError(f"must be one of {', '.join(sorted(SCHEMES))}{_did_you_mean(scheme, SCHEMES)}")
-        return scheme
+        """A scheme is one of the named ones, or a variant such as w4a8-o64."""
+        return None if scheme is None else _known_scheme(scheme)
 
     @model_validator(mode="after")
     def says_one_thing(self) -> Rule:
@@ -167,10 +186,67 @@ class Rule(Section):
 
 
 class Select(Section):
-    """Room for the search of a scheme per layer: a budget and what may be chosen."""
+    """The search of a scheme for each group of linears: one budget, and what may be chosen.
 
-    bits_per_weight: float = Field(gt=0)
-    candidates: tuple[str, ...] = Field(min_length=1)
+    bits_per_weight: stored bits per weight of all linears in the blocks. memory: bytes of the whole checkpoint, a
+    number or a size such as 10GiB. max_kld: predicted KL divergence in nats; the fewest bytes are sought. latency:
+    microseconds of all products together at `tokens` tokens, by the table `costs` that `atom bench gemm --json` wrote.
+    candidates: schemes by name (w4a4, w4a8-o64, w16a16, ...); none: the recipe's own with fewer outliers, W8A8, 16 bit.
+    """
+
+    bits_per_weight: float | None = Field(default=None, gt=0)
+    memory: int | str | None = None
+    max_kld: float | None = Field(default=None, gt=0)
+    latency: float | None = Field(default=None, gt=0)
+    costs: str | None = None
+    tokens: int = Field(default=16, ge=1)
+    candidates: tuple[str, ...] = ()
+
+    @field_validator("memory")
+    @classmethod
+    def readable_size(cls, memory: int | str | None) -> int | str | None:
+        """A size is a positive number of bytes, or a number with a unit."""
+        if memory is not None and not size_in_bytes(memory):
+            raise ValueError("must be a number of bytes or a size such as 10GiB, 800MB")
+        return memory
+
+    @field_validator("candidates")
+    @classmethod
+    def known_candidates(cls, candidates: tuple[str, ...]) -> tuple[str, ...]:
+        """Candidates are named schemes or variants of them."""
+        return tuple(_known_scheme(name) for name in candidates)
+
+    @model_validator(mode="after")
+    def one_budget(self) -> Select:
+        """A selection has exactly one budget; a latency needs its table."""
+        given = [name for name in BUDGETS if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"needs exactly one of {', '.join(BUDGETS)}; it has {' and '.join(given) or 'none'}")
+        if self.latency is not None and self.costs is None:
+            raise ValueError("latency needs costs, the file that `atom bench gemm --json` wrote")
+        return self
+
+    @property
+    def budget(self) -> tuple[str, float]:
+        """The name of the budget and its value; memory in bytes."""
+        name = next(name for name in BUDGETS if getattr(self, name) is not None)
+        value = getattr(self, name)
+        return name, float(size_in_bytes(value) if name == "memory" else value)
+
+
+BUDGETS = ("bits_per_weight", "memory", "max_kld", "latency")
+_UNITS = {"": 1, "B": 1} | {
+    f"{prefix}{suffix}": base**power
+    for suffix, base in (("B", 1000), ("iB", 1024))
+    for power, prefix in enumerate("kMGT", start=1)
+}
+
+
+def size_in_bytes(size: int | str) -> int:
+    """A number of bytes from a number or a text such as 10GiB or 800 MB; 0 when it is none."""
+    matched = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]?i?B?)\s*", str(size))
+    unit = "" if matched is None else matched[2].replace("K", "k")
+    return 0 if matched is None or unit not in _UNITS else int(float(matched[1]) * _UNITS[unit])
 
 
 class Recipe(Section):
@@ -183,6 +259,7 @@ class Recipe(Section):
     activations: Activations = Activations()
     outliers: Outliers = Outliers()
     transform: Literal["none", "hadamard"] = "none"
+    transform_seed: int | None = Field(default=None, ge=0)
     kv_cache: KVCache = KVCache()
     rules: tuple[Rule, ...] = (Rule(match="lm_head", keep=True),)
     select: Select | None = None
@@ -198,6 +275,8 @@ class Recipe(Section):
             )
         self.scheme()
         self.kv_cache.to_format()
+        if self.transform_seed is not None and self.transform == "none" and self.select is None:
+            raise ValueError("transform_seed draws the signs of a Hadamard, but transform is none")
         return self
 
     def scheme(self) -> Scheme:
@@ -224,17 +303,35 @@ class Recipe(Section):
         rule = self.rule_for(linear)
         if rule is not None and rule.keep:
             return None
-        scheme = SCHEMES[rule.scheme] if rule is not None and rule.scheme is not None else self.scheme()
-        if scheme.outliers >= in_features:
-            raise UsageError(
-                f"outliers.channels is {scheme.outliers}, but {linear} has only {in_features} input channels",
-                f"use at most {in_features - 1} outliers (--outliers), or a rule that keeps this linear",
-            )
+        scheme = scheme_named(rule.scheme) if rule is not None and rule.scheme is not None else self.scheme()
+        refuse_narrow(scheme, linear, in_features)
         return scheme
+
+    def candidates(self) -> dict[str, Scheme | None]:
+        """What a selection may choose from, by name, the recipe's own scheme first; None keeps 16 bits."""
+        named = self.select.candidates if self.select is not None else ()
+        if named:
+            return {name: None if name == KEPT else scheme_named(name) for name in named}
+        own = self.scheme()
+        fewer = [replace(own, outliers=each) for each in (own.outliers // 2, 0) if each < own.outliers]
+        return {scheme.name: scheme for scheme in (own, *fewer)} | {"w8a8": SCHEMES["w8a8"], KEPT: None}
 
     def resolved(self) -> dict[str, Any]:
         """Every key with its value, as plain JSON: what is saved with a result and compared when a run resumes."""
         return self.model_dump(mode="json")
+
+
+# The candidate that leaves a linear as it is.
+KEPT = "w16a16"
+
+
+def refuse_narrow(scheme: Scheme, linear: str, in_features: int) -> None:
+    """UsageError when a linear has too few input channels for a scheme's outliers."""
+    if scheme.outliers >= in_features:
+        raise UsageError(
+            f"outliers.channels is {scheme.outliers}, but {linear} has only {in_features} input channels",
+            f"use at most {in_features - 1} outliers (--outliers), or a rule that keeps this linear",
+        )
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -283,6 +380,12 @@ def override(
     samples: int | None = None,
     sequence_length: int | None = None,
     seed: int | None = None,
+    bits_per_weight: float | None = None,
+    memory: str | None = None,
+    max_kld: float | None = None,
+    latency: float | None = None,
+    costs: str | None = None,
+    candidates: list[str] | None = None,
 ) -> Recipe:
     """The recipe with the given command-line values in place of its own; None leaves a key alone.
 
@@ -316,7 +419,27 @@ def override(
         data[section] |= {key: value for key, value in values.items() if value is not None}
     if transform is not None:
         data["transform"] = transform
+    budget = {"bits_per_weight": bits_per_weight, "memory": memory, "max_kld": max_kld, "latency": latency}
+    if any(value is not None for value in budget.values()):
+        data["select"] = (data["select"] or {}) | budget  # one budget takes the place of the recipe's
+    more = {key: value for key, value in (("costs", costs), ("candidates", candidates)) if value}
+    if more:
+        if data["select"] is None:
+            raise UsageError(
+                f"--{next(iter(more)).rstrip('s')} needs a budget", "give --bits-per-weight, --memory, ..."
+            )
+        data["select"] |= more
     return parse_recipe(data, "the recipe with the command-line options")
+
+
+def _known_scheme(name: str) -> str:
+    try:
+        scheme_named(name)
+    except UsageError as error:
+        raise ValueError(
+            f"must be one of {', '.join(sorted(SCHEMES))} or a variant such as w4a8-o64{_did_you_mean(name, SCHEMES)}"
+        ) from error
+    return name
 
 
 def _did_you_mean(word: str, valid: Any) -> str:

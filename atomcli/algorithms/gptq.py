@@ -5,6 +5,8 @@ the output and are still free to correct it. The outlier columns come last, abso
 scales are computed when their group is reached, from the weights as updated by then.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -16,15 +18,19 @@ from atomcli.formats.scheme import Scheme
 from atomcli.formats.weights import QuantizedWeight
 
 DAMPING = 0.01
+DampingRule = Literal["mean", "relative"]
+# Relative damping of a channel that carries next to nothing: of the mean, so that a dead channel can be decomposed.
+_DEAD = 1e-6
 # Columns whose updates stay inside a cache-sized panel before they reach the rest of the matrix in one product.
 _PANEL = 128
 
 
-def error_factor(hessian: Tensor, damping: float = DAMPING) -> Tensor:
+def error_factor(hessian: Tensor, damping: float = DAMPING, rule: DampingRule = "mean") -> Tensor:
     """The upper triangular U (K, K) with U^T U = (H + damping)^-1, whose row i says where column i's error goes.
 
-    hessian (K, K) fp32, symmetric. `damping` is relative to the mean of the diagonal and grows tenfold until the
-    Cholesky decomposition succeeds. Raises RunError when it never does, which takes a Hessian that is not finite.
+    hessian (K, K) fp32, symmetric. `damping` is relative to the mean of the diagonal, or with the rule "relative" to
+    each entry, so that channels of little energy are not drowned in it; it grows tenfold until the Cholesky
+    decomposition succeeds. Raises RunError when it never does, which takes a Hessian that is not finite.
     """
     channels = hessian.shape[0]
     identity = torch.eye(channels, dtype=torch.float32, device=hessian.device)
@@ -35,7 +41,8 @@ def error_factor(hessian: Tensor, damping: float = DAMPING) -> Tensor:
         return identity
     while damping <= 1e4:
         damped = hessian / mean
-        damped.diagonal().add_(damping)
+        diagonal = damped.diagonal()
+        diagonal.add_(damping if rule == "mean" else diagonal.clamp(min=_DEAD) * damping)
         # Decomposing the reversed matrix gives H = R R^T with R upper triangular, so U = R^-1 needs one solve.
         lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not bool(failed):

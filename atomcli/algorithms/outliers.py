@@ -18,8 +18,11 @@ def needs_order(scheme: Scheme) -> bool:
     return grouped or scheme.outliers > 0 or scheme.transform != "none"
 
 
-def input_layout(energy: Tensor, scheme: Scheme) -> InputLayout:
-    """The layout of a layer whose input channels have `energy` (K,); its last channels are the outliers."""
+def input_layout(energy: Tensor, scheme: Scheme, signs: Tensor | None = None) -> InputLayout:
+    """The layout of a layer whose input channels have `energy` (K,); its last channels are the outliers.
+
+    `signs` (K,) int8 go before the Hadamard, where the scheme has one.
+    """
     channels = energy.shape[0]
     scheme.body(channels)  # raises when the outliers leave no body
     return InputLayout(
@@ -27,6 +30,7 @@ def input_layout(energy: Tensor, scheme: Scheme) -> InputLayout:
         scheme.outliers,
         scheme.hadamard_block,
         permutation=energy_permutation(energy) if needs_order(scheme) else None,
+        signs=signs if scheme.transform == "hadamard" else None,
         hadamard=scheme.transform == "hadamard",
     )
 

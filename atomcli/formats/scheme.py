@@ -1,6 +1,7 @@
 """Schemes: named choices of weight, activation and outlier format, as data."""
 
-from dataclasses import asdict, dataclass
+import re
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from atomcli.errors import UsageError
@@ -206,3 +207,22 @@ SCHEMES: dict[str, Scheme] = {
     "mxfp4": Scheme(WeightFormat("e2m1", 32, "e8m0"), ActivationFormat("e2m1", 32, "e8m0")),
     "nvfp4": Scheme(WeightFormat("e2m1", 16, "e4m3"), ActivationFormat("e2m1", 16, "e4m3")),
 }
+
+
+def scheme_named(name: str) -> Scheme:
+    """A scheme by its name in SCHEMES, or a variant of one: w4a8-o64 has 64 outliers, w4a4-g64-o32 groups of 64 too.
+
+    Raises UsageError for any other name, and for a group that the formats don't have.
+    """
+    matched = re.fullmatch(r"(.+?)(?:-g(\d+))?(?:-o(\d+))?", name)
+    if matched is None or matched[1] not in SCHEMES:
+        raise UsageError(f"no scheme is called {name!r}; there are {', '.join(sorted(SCHEMES))}, and such with -gN -oN")
+    scheme = SCHEMES[matched[1]]
+    if matched[2] is not None:
+        group, weights, activations = int(matched[2]), scheme.weights, scheme.activations
+        if weights.group is None:
+            raise UsageError(f"{matched[1]} has no groups, so {name!r} is no scheme")
+        if activations.group is not None:
+            activations = replace(activations, group=group)
+        scheme = replace(scheme, weights=replace(weights, group=group), activations=activations)
+    return scheme if matched[3] is None else replace(scheme, outliers=int(matched[3]))

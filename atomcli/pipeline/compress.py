@@ -30,6 +30,7 @@ from atomcli.checkpoint.writer import finish, publish, refuse_occupied, shard_fi
 from atomcli.errors import InputError
 from atomcli.models.tensors import block_name
 from atomcli.pipeline import check, pack
+from atomcli.pipeline.budget import refuse_out_of_reach
 from atomcli.pipeline.calibrate import (
     Calibration,
     calibrate,
@@ -43,7 +44,8 @@ from atomcli.pipeline.journal import LOCK, Journal, locked
 from atomcli.pipeline.model import Walk, start_walk
 from atomcli.pipeline.parameters import InputsSeen, Outcome, fold, quantize_block, targets, watched
 from atomcli.pipeline.progress import Progress, Silent
-from atomcli.pipeline.select import Plan, select
+from atomcli.pipeline.select import Plan, groups_of, load_plan, select
+from atomcli.pipeline.sensitivities import sensitivities_of
 from atomcli.pipeline.stream import Stream, run
 from atomcli.recipe import Recipe
 from atomcli.runtime.decoder import build_block, empty_block, read_outer
@@ -68,18 +70,20 @@ def compress(
     progress: Progress | None = None,
     overwrite: bool = False,
     tokens: Tensor | None = None,
+    plan_file: Path | None = None,
 ) -> dict[str, Any]:
     """Compress `source` by `recipe` into the directory `out`; returns the report (atom_report.json).
 
     `calibration` names an artifact of `calibrate`, whose text then counts; without one the road calibrates itself, with
-    the same result. `tokens` (samples, sequence_length) take the place of the recipe's text. An interrupted run is
+    the same result. `tokens` (samples, sequence_length) take the place of the recipe's text. A plan in `plan_file`, of
+    the same model and recipe, takes the place of the recipe's selection. An interrupted run is
     continued; `overwrite` lets a finished checkpoint be replaced and a run of another recipe be dropped.
     Raises UsageError, InputError, UnsupportedError before anything is spent, RunError when the run fails.
     """
     progress = progress or Silent()
     _refuse(out, overwrite)
     walk = start_walk(source, device)
-    plan = select(recipe, walk)
+    plan = _plan_in_advance(plan_file, recipe, walk)
     for index in range(walk.blocks):
         empty_block(walk.family, walk.config, index, recipe.kv_cache.to_format())  # refuses a cache it can't have
     artifact = open_calibration(calibration, source) if calibration is not None else None
@@ -91,7 +95,7 @@ def compress(
     check_calibration_tokens(tokens, walk)
     directory = unfinished(out)
     with locked(directory):
-        journal = Journal.open(directory, _identity(walk, recipe, tokens), restart=overwrite)
+        journal = Journal.open(directory, _identity(walk, recipe, tokens, plan_file), restart=overwrite)
         if journal.steps:
             _LOG.info("continuing after block %d of %d", len(journal.steps), walk.blocks)
             _check_shards(directory, journal)
@@ -100,6 +104,9 @@ def compress(
                 artifact = calibrate(
                     source, recipe, directory / _CALIBRATION, device=walk.device, progress=progress, tokens=tokens
                 )
+            if plan is None:
+                found = sensitivities_of(walk, recipe, artifact, groups_of(recipe, walk), progress)
+                plan = select(recipe, walk, found)
             road = _Road(walk, recipe, plan, artifact, directory)
             progress.begin("quantize", walk.blocks)
             progress.advance(len(journal.steps))
@@ -113,6 +120,16 @@ def compress(
             progress.end()
         _publish(directory, out, overwrite)
     return report
+
+
+def _plan_in_advance(plan_file: Path | None, recipe: Recipe, walk: Walk) -> Plan | None:
+    """The plan, where it needs no sensitivities; what can be refused without them is refused now."""
+    if plan_file is not None:
+        return load_plan(plan_file, recipe, walk)
+    if recipe.select is None:
+        return select(recipe, walk)
+    refuse_out_of_reach(recipe, walk, groups_of(recipe, walk))
+    return None
 
 
 class _Streams:
@@ -181,10 +198,10 @@ class _Road:
         self, block: torch.nn.Module, index: int, energies: dict[str, Tensor], before: _Streams
     ) -> list[Outcome]:
         walk = self.walk
-        found = targets(walk, index, self.plan, energies)
+        found = targets(walk, index, self.plan, energies, self.recipe.transform_seed)
         if not self.with_hessians or not found:
             return quantize_block(block, index, found, None, self.recipe)
-        with watched(block, found, walk.device) as hessians:
+        with watched(block, found, walk.device, self.recipe.weights.token_weights) as hessians:
             at_once = walk.sequences_at_once(self.tokens.shape[1])
             with torch.inference_mode():
                 for chunk in before.calibration.chunks(at_once):
@@ -260,6 +277,7 @@ def _report(road: _Road, journal: Journal, proof: check.Divergence) -> dict[str,
         "bits_per_weight": 8 * sum(row["bytes"] for row in layers) / max(1, parameters),
         "layers": layers,
         "kept": road.plan.kept(),
+        "plan": road.plan.prediction,
         "proof": asdict(proof),
         "versions": {
             "atom": __version__,
@@ -275,9 +293,10 @@ def _report(road: _Road, journal: Journal, proof: check.Divergence) -> dict[str,
     }
 
 
-def _identity(walk: Walk, recipe: Recipe, tokens: Tensor) -> dict[str, Any]:
+def _identity(walk: Walk, recipe: Recipe, tokens: Tensor, plan_file: Path | None) -> dict[str, Any]:
     """What the result depends on, bit for bit."""
     return {
+        "plan": None if plan_file is None else sha256_file(plan_file),
         "atom": __version__,
         "torch": torch.__version__,
         "device": walk.device.type,

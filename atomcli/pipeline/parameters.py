@@ -8,7 +8,7 @@ quantized blocks before it put out. GPTQ (or rounding) then makes each linear's 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from atomcli.algorithms.gptq import error_factor, gptq, relative_error
 from atomcli.algorithms.outliers import energy_permutation, fold_into_heads, input_layout, needs_order
+from atomcli.algorithms.rotation import random_signs
 from atomcli.algorithms.rounding import round_to_nearest, unrounded
 from atomcli.errors import RunError
 from atomcli.formats.layout import InputLayout
@@ -23,8 +24,9 @@ from atomcli.formats.scheme import Scheme, WeightFormat
 from atomcli.formats.weights import QuantizedWeight
 from atomcli.pipeline.calibrate import Statistics
 from atomcli.pipeline.model import Walk, full_name
+from atomcli.pipeline.residual import ResidualWeights, residual_weights
 from atomcli.pipeline.select import Plan
-from atomcli.recipe import Recipe
+from atomcli.recipe import Recipe, TokenWeights
 from atomcli.runtime.decoder import quantize_linear
 from atomcli.runtime.linear import QuantLinear
 
@@ -83,7 +85,17 @@ def fold(
     return tensors, energies
 
 
-def targets(walk: Walk, index: int, plan: Plan, energies: Mapping[str, Tensor]) -> list[Target]:
+def site_layout(energy: Tensor, scheme: Scheme, index: int, site: str, transform_seed: int | None) -> InputLayout:
+    """The layout of a site's input with channel energies (K,): their order, and the signs that a seed draws."""
+    signs = None
+    if transform_seed is not None and scheme.transform == "hadamard":
+        signs = random_signs(energy.shape[0], transform_seed, f"{index}.{site}").to(energy.device)
+    return input_layout(energy, scheme, signs)
+
+
+def targets(
+    walk: Walk, index: int, plan: Plan, energies: Mapping[str, Tensor], transform_seed: int | None = None
+) -> list[Target]:
     """The quantized linears of a block, grouped by the input they share."""
     found: list[Target] = []
     for site in walk.family.sites(walk.config, index):
@@ -91,7 +103,7 @@ def targets(walk: Walk, index: int, plan: Plan, energies: Mapping[str, Tensor]) 
         if scheme is None:
             continue
         energy = energies[site.name].to(walk.device)
-        layout = input_layout(energy, scheme)
+        layout = site_layout(energy, scheme, index, site.name, transform_seed)
         if layout.permutation is not None and _is_identity(layout.permutation):
             layout.permutation = None
         if site.expert:
@@ -113,10 +125,12 @@ class Hessian:
         self.total = torch.zeros(channels, channels, dtype=torch.float32, device=device)
         self.tokens = 0
 
-    def add(self, x: Tensor) -> None:
-        """Tokens (n, K) fp32."""
+    def add(self, x: Tensor, weights: Tensor | None = None) -> None:
+        """Tokens (n, K) fp32, each counted by its weight (n,) fp32 or once."""
         if not x.shape[0]:
             return
+        if weights is not None:
+            x = x * weights.sqrt()[:, None]
         for start in range(0, x.shape[1], _PANEL):
             end = min(start + _PANEL, x.shape[1])
             self.total[start:end, :end].addmm_(x[:, start:end].t(), x[:, :end])
@@ -133,38 +147,43 @@ class InputsSeen(Exception):
 
 
 @contextmanager
-def watched(block: nn.Module, targets: list[Target], device: torch.device) -> Iterator[list[Hessian]]:
+def watched(
+    block: nn.Module, targets: list[Target], device: torch.device, token_weights: TokenWeights = "none"
+) -> Iterator[list[Hessian]]:
     """Let `block` run with full-precision weights and quantized activations, and collect a Hessian for each target.
 
-    The block raises InputsSeen where it has shown its last input. Afterwards it has its own linears back.
+    With `token_weights` residual the tokens of o and down are weighted (see `residual`). The block raises InputsSeen
+    where it has shown its last input. Afterwards it has its own linears back.
     """
     originals: dict[str, nn.Module] = {}
     hessians: list[Hessian] = []
     handles = []
-    try:
-        for target in targets:
-            hessian = Hessian(target.layout.in_features, device)
-            hessians.append(hessian)
-            first = block.get_submodule(target.linears[0])
-            see = hessian.add if target.site != "down" or target.expert is not None else _last(hessian)
-            if target.scheme.activations.element == "float":
-                handles.append(first.register_forward_pre_hook(_transformed(see, target.layout)))
-                continue
-            scheme = replace(target.scheme, weights=WeightFormat("float"))
-            for name in target.linears:
-                linear = _linear(block, name)
-                originals[name] = linear
-                weight = unrounded(target.layout.apply(linear.weight), scheme, linear.weight.dtype)
-                quantize_linear(block, name, QuantLinear.from_weight(weight, target.layout, linear.bias))
-            observed = block.get_submodule(target.linears[0])
-            assert isinstance(observed, QuantLinear)
-            observed.observer = see
-        yield hessians
-    finally:
-        for handle in handles:
-            handle.remove()
-        for name, original in originals.items():
-            block.set_submodule(name, original)
+    with ExitStack() as stack:
+        residual = stack.enter_context(residual_weights(block)) if token_weights == "residual" else None
+        try:
+            for target in targets:
+                hessian = Hessian(target.layout.in_features, device)
+                hessians.append(hessian)
+                first = block.get_submodule(target.linears[0])
+                see = _seeing(hessian, target, residual)
+                if target.scheme.activations.element == "float":
+                    handles.append(first.register_forward_pre_hook(_transformed(see, target.layout)))
+                    continue
+                scheme = replace(target.scheme, weights=WeightFormat("float"))
+                for name in target.linears:
+                    linear = linear_in(block, name)
+                    originals[name] = linear
+                    weight = unrounded(target.layout.apply(linear.weight), scheme, linear.weight.dtype)
+                    quantize_linear(block, name, QuantLinear.from_weight(weight, target.layout, linear.bias))
+                observed = block.get_submodule(target.linears[0])
+                assert isinstance(observed, QuantLinear)
+                observed.observer = see
+            yield hessians
+        finally:
+            for handle in handles:
+                handle.remove()
+            for name, original in originals.items():
+                block.set_submodule(name, original)
 
 
 def quantize_block(
@@ -188,13 +207,14 @@ def quantize_block(
         else:
             importance = _spread_energy(target)
         for name in target.linears:
-            linear = _linear(block, name)
+            linear = linear_in(block, name)
             weight = target.layout.apply(linear.weight)
             if target.scheme.weights.element == "float":
                 quantized = unrounded(weight, target.scheme, linear.weight.dtype)
             elif hessian is not None:
                 try:
-                    factor = error_factor(hessian) if factor is None else factor
+                    if factor is None:
+                        factor = error_factor(hessian, recipe.weights.damping, recipe.weights.damping_rule)
                 except RunError as failed:
                     raise RunError(f"{full_name(index, name)}: {failed.what}", failed.hint) from failed
                 quantized = gptq(weight, factor, importance, target.scheme, recipe.weights.clip)
@@ -240,10 +260,13 @@ def _spread_energy(target: Target) -> Tensor:
     return energy
 
 
-def _last(hessian: Hessian) -> Callable[[Tensor], None]:
+def _seeing(hessian: Hessian, target: Target, residual: ResidualWeights | None) -> Callable[[Tensor], None]:
+    last = target.site == "down" and target.expert is None
+
     def see(x: Tensor) -> None:
-        hessian.add(x)
-        raise InputsSeen
+        hessian.add(x, None if residual is None else residual.of(target.site, target.expert))
+        if last:
+            raise InputsSeen
 
     return see
 
@@ -255,7 +278,8 @@ def _transformed(see: Callable[[Tensor], None], layout: InputLayout) -> Callable
     return watch
 
 
-def _linear(block: nn.Module, name: str) -> nn.Linear:
+def linear_in(block: nn.Module, name: str) -> nn.Linear:
+    """A block's linear that is not quantized yet, by its name in the block."""
     linear = block.get_submodule(name)
     assert isinstance(linear, nn.Linear), f"{name} is no linear in full precision"
     return linear

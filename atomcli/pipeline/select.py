@@ -1,29 +1,43 @@
 """Stage 2, precision selection: which scheme each linear gets.
 
-Today every linear gets the recipe's scheme unless a rule says otherwise. `Plan` is all that later stages see, so a
-search over candidates only has to make another one.
+Without a budget every linear gets the recipe's scheme unless a rule says otherwise. With one, each group of linears
+that engines fuse (q/k/v, o, gate/up, down; all experts of a block) takes one of the candidates, chosen by an integer
+program over measured sensitivities. `Plan` is all that later stages see.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from atomcli.errors import UnsupportedError, UsageError
+from atomcli.algorithms.sensitivity import Sensitivities
+from atomcli.checkpoint.files import read_json, write_json
+from atomcli.errors import InputError, UnsupportedError, UsageError
 from atomcli.formats.scheme import Scheme
 from atomcli.models.block import Site
 from atomcli.pipeline.model import Walk, full_name
-from atomcli.recipe import Recipe
+from atomcli.recipe import KEPT, Recipe, refuse_narrow
 
 # Linears outside the blocks, which stay in 16 bits; rules may say so, but nothing else.
 OUTSIDE = ("lm_head", "model.embed_tokens")
+# What a plan depends on; its selection and its calibration text may differ.
+_SECTIONS = ("weights", "activations", "outliers", "transform", "transform_seed", "kv_cache", "rules")
+_VERSION = 1
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The scheme of each linear by its name in the model; None keeps it in 16 bits."""
+    """The scheme of each linear by its name in the model; None keeps it in 16 bits.
+
+    `prediction` is what a selection expects of it, for the report; None where nothing was selected.
+    """
 
     schemes: Mapping[str, Scheme | None]
+    prediction: Mapping[str, Any] | None = None
 
     def kept(self) -> list[str]:
         """Names of the linears that stay in 16 bits, the head among them."""
@@ -43,14 +57,33 @@ class Plan:
         return self.schemes[full_name(index, site.of_expert(0)[0])]
 
 
-def select(recipe: Recipe, walk: Walk) -> Plan:
-    """The plan that a recipe makes for a model.
+@dataclass(frozen=True)
+class Group:
+    """Linears of block `index` that must share one scheme, and the candidates for it by name; None keeps 16 bits."""
+
+    index: int
+    name: str
+    sites: tuple[Site, ...]
+    linears: tuple[str, ...]
+    candidates: Mapping[str, Scheme | None]
+
+    @property
+    def title(self) -> str:
+        """The group in reports: `12.gate_up`."""
+        return f"{self.index}.{self.name}"
+
+    @property
+    def reference(self) -> str | None:
+        """The candidate whose divergence is measured: the first that quantizes anything."""
+        return next((name for name, scheme in self.candidates.items() if scheme is not None), None)
+
+
+def uniform(recipe: Recipe, walk: Walk) -> Plan:
+    """The plan of a recipe's own scheme and its rules.
 
     Raises UsageError for a rule that matches nothing, a scheme that doesn't fit a linear, or a rule that gives
     different schemes to linears that share their input (q/k/v, gate/up, the experts of a layer).
     """
-    if recipe.select is not None:
-        raise UnsupportedError("select: searching a scheme for each layer is not available", "set select: null")
     schemes: dict[str, Scheme | None] = {}
     for index in range(walk.blocks):
         for linear in walk.family.linears(walk.config, index):
@@ -60,6 +93,97 @@ def select(recipe: Recipe, walk: Walk) -> Plan:
             _refuse_split(index, site, walk, schemes)
     _refuse_idle_rules(recipe, schemes)
     return Plan(schemes)
+
+
+def groups_of(recipe: Recipe, walk: Walk) -> list[Group]:
+    """The groups of a model with the recipe's candidates; what a rule is about has only the rule's.
+
+    Raises UsageError as `uniform` does, and for a candidate that doesn't fit a linear.
+    """
+    fixed, candidates = uniform(recipe, walk), recipe.candidates()
+    groups: list[Group] = []
+    for index in range(walk.blocks):
+        together: dict[str, list[Site]] = {}
+        for site in walk.family.sites(walk.config, index):
+            ruled = recipe.rule_for(full_name(index, site.of_expert(0)[0])) is not None
+            together.setdefault("experts" if site.expert and not ruled else site.name, []).append(site)
+        for name, sites in together.items():
+            experts = range(walk.family.expert_count(walk.config, index) if sites[0].expert else 1)
+            linears = tuple(linear for site in sites for expert in experts for linear in site.of_expert(expert))
+            first = full_name(index, linears[0])
+            choices: Mapping[str, Scheme | None] = candidates
+            if recipe.rule_for(first) is not None:
+                scheme = fixed.schemes[first]
+                choices = {KEPT if scheme is None else scheme.name: scheme}
+            for linear in linears:
+                for choice in choices.values():
+                    if choice is not None:
+                        refuse_narrow(choice, full_name(index, linear), walk.in_features(index, linear))
+            groups.append(Group(index, name, tuple(sites), linears, choices))
+    return groups
+
+
+def select(recipe: Recipe, walk: Walk, sensitivities: Sensitivities | None = None) -> Plan:
+    """The plan that a recipe makes for a model; with a budget it needs the model's sensitivities.
+
+    Raises UsageError as `uniform` does, and for a budget that can't be met, saying the nearest that can.
+    """
+    if recipe.select is None:
+        return uniform(recipe, walk)
+    from atomcli.pipeline.budget import choose
+
+    assert sensitivities is not None, "a selection needs sensitivities"
+    return choose(recipe, walk, groups_of(recipe, walk), sensitivities)
+
+
+def save_plan(plan: Plan, recipe: Recipe, walk: Walk, path: Path) -> None:
+    """Write a plan to a JSON file, with the fingerprints of the model and the recipe that it was made for."""
+    names = plan.names()
+    document = {
+        "version": _VERSION,
+        "model": {"name": walk.source.name, "fingerprint": walk.source.fingerprint()},
+        "recipe": {"name": recipe.name, "fingerprint": recipe_fingerprint(recipe)},
+        "schemes": {name: scheme.to_dict() for scheme, name in names.items()},
+        "linears": {name: None if scheme is None else names[scheme] for name, scheme in plan.schemes.items()},
+        "prediction": plan.prediction,
+    }
+    write_json(path, document)
+
+
+def load_plan(path: Path, recipe: Recipe, walk: Walk) -> Plan:
+    """A plan that `save_plan` wrote; InputError when it is none, or was made for another model or recipe."""
+    data = read_json(path)
+    hint = "make one with `atom plan MODEL -o FILE`"
+    if data.get("version") != _VERSION or not {"model", "recipe", "schemes", "linears"} <= data.keys():
+        raise InputError(f"{path} is no plan of this version of atom", hint)
+    for what, found, name in (
+        ("model", walk.source.fingerprint(), walk.source.name),
+        ("recipe", recipe_fingerprint(recipe), recipe.name),
+    ):
+        made_for = data[what]
+        if made_for.get("fingerprint") != found:
+            raise InputError(
+                f"the plan {path} was made for another {what} ({made_for.get('name')}, fingerprint "
+                f"{str(made_for.get('fingerprint'))[:12]}), not for {name} ({found[:12]})",
+                hint,
+            )
+    schemes = {name: Scheme.from_dict(scheme) for name, scheme in data["schemes"].items()}
+    try:
+        linears = {linear: None if name is None else schemes[name] for linear, name in data["linears"].items()}
+    except KeyError as error:
+        raise InputError(f"{path} gives a linear the scheme {error}, which it does not describe", hint) from error
+    if linears.keys() != uniform(recipe, walk).schemes.keys():
+        raise InputError(f"{path} names other linears than {walk.source.name} has", hint)
+    for index in range(walk.blocks):
+        for site in walk.family.sites(walk.config, index):
+            _refuse_split(index, site, walk, linears)
+    return Plan(linears, data.get("prediction"))
+
+
+def recipe_fingerprint(recipe: Recipe) -> str:
+    """SHA-256 (hex) of what a plan depends on in a recipe: everything but its name, calibration and selection."""
+    resolved = recipe.resolved()
+    return hashlib.sha256(json.dumps({key: resolved[key] for key in _SECTIONS}, sort_keys=True).encode()).hexdigest()
 
 
 def _refuse_split(index: int, site: Site, walk: Walk, schemes: Mapping[str, Scheme | None]) -> None:

@@ -4,6 +4,7 @@ A contender is built on as many copies of its weight as exceed the L2 cache toge
 captured in one CUDA graph, whose replays are timed. So launch cost is a graph's, and weights come from memory.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,8 @@ from atomcli.benchmarks.report import Measure, Row, measure
 from atomcli.errors import UnsupportedError
 from atomcli.formats.layout import InputLayout
 from atomcli.formats.scheme import SCHEMES, Scheme
-from atomcli.kernels import dispatch, gemm, layouts, quantize
+from atomcli.kernels import dispatch, gemm, layouts, quantize, timing, tune
+from atomcli.kernels.tiles import Tile
 
 ROTATED_BYTES = 220_000_000  # more than any card's L2 holds
 MEMORY_BANDWIDTH = {"H100": 3.0e12, "H200": 4.3e12}  # bytes/s of a large copy, measured; read plus written
@@ -68,7 +70,9 @@ def _case(
     for contender in contenders:
         copies = max(2, int(ROTATED_BYTES / (out_features * in_features * contender.weight_bits / 8)) + 1)
         try:
-            times[contender.name] = _time(contender.build(out_features, in_features, tokens, copies), repeats)
+            times[contender.name] = measure(
+                timing.graph_times(contender.build(out_features, in_features, tokens, copies), repeats), "µs"
+            )
         except (RuntimeError, ImportError, AttributeError, TypeError, ValueError) as error:
             notes[contender.name] = str(error).splitlines()[0] if str(error) else type(error).__name__
     best_peer = min((time.median for name, time in times.items() if name not in ours), default=None)
@@ -108,33 +112,6 @@ def _limit(bytes_moved: float, operations: float) -> float:
     return max(bytes_moved / MEMORY_BANDWIDTH[card], operations / INT8_PEAK[card])
 
 
-def _time(products: list[Product], repeats: int) -> Measure:
-    """Microseconds of one product, over replays of a graph of all of them."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for product in products:
-            product()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    rounds = max(1, 24 // len(products))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(rounds):
-            for product in products:
-                product()
-    graph.replay()
-    samples = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        samples.append(start.elapsed_time(end) * 1e3 / (rounds * len(products)))
-    return measure(samples, "µs")
-
-
 # ---------------------------------------------------------------------------------------------- ours
 
 
@@ -156,10 +133,7 @@ def _products(
     reason = dispatch.gemm_reason(scheme, torch.device("cuda"))
     if reason:
         raise UnsupportedError(reason)
-    layout = InputLayout(
-        in_features, scheme.outliers, scheme.hadamard_block, None, None, scheme.transform == "hadamard"
-    )
-    kernel_layout = quantize.prepare_layout(layout, "cuda")
+    kernel_layout = quantize.prepare_layout(_layout(scheme, in_features), "cuda")
     x = torch.randn(tokens, in_features, device="cuda", dtype=torch.bfloat16)
     operand = quantize.quantize(x, scheme, kernel_layout)
     weights = [_random_weight(scheme, out_features, in_features) for _ in range(copies)]
@@ -172,20 +146,48 @@ def _products(
     return [product(weight) for weight in weights]
 
 
+def tune_gemm(scheme: Scheme, out_features: int, in_features: int, tokens: int) -> Tile:
+    """Measure which tile is fastest for a problem on this card, and keep the choice on disk."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    bits = scheme.weights.grid.bits
+    copies = max(2, int(ROTATED_BYTES / (out_features * in_features * bits / 8)) + 1)
+    weights = [_random_weight(scheme, out_features, in_features) for _ in range(copies)]
+    x = torch.randn(tokens, in_features, device=device, dtype=torch.bfloat16)
+    operand = quantize.quantize(x, scheme, quantize.prepare_layout(_layout(scheme, in_features), device))
+    output = torch.empty(tokens, out_features, dtype=torch.bfloat16, device=device)
+
+    def products(tile: Tile) -> list[Product]:
+        return [functools.partial(gemm.launch, tile, operand, weight, output) for weight in weights]
+
+    return tune.tune(device, bits, out_features, weights[0].body.shape[1], tokens, products)
+
+
+def _layout(scheme: Scheme, in_features: int) -> InputLayout:
+    hadamard = scheme.transform == "hadamard"
+    return InputLayout(in_features, scheme.outliers, scheme.hadamard_block, hadamard=hadamard)
+
+
 def _random_weight(scheme: Scheme, out_features: int, in_features: int) -> layouts.GemmWeight:
-    """Random packed bytes with small scales: any bytes are a valid weight once multipliers keep to four bits."""
+    """Normal weights, quantized: like real ones, they keep the arithmetic's power, and so its clock, realistic."""
     bits = scheme.weights.grid.bits
     row_groups = -(-out_features // 128) * 2
     blocks = -(-scheme.body(in_features) // layouts.BLOCK)
-    size = layouts.INT4_BLOCK_BYTES if bits == 4 else layouts.INT8_BLOCK_BYTES
-    body = torch.randint(0, 256, (row_groups, blocks, size), device="cuda", dtype=torch.uint8)
+    half = (row_groups, blocks, layouts.ROW_GROUP * layouts.BLOCK // 2)
     if bits == 4:
-        body[:, :, layouts.ROW_GROUP * layouts.BLOCK // 2 :] &= 0x8F
+        low, high = (_normal(half, 2.7, -8, 7).add_(8).view(torch.uint8) for _ in range(2))
+        multipliers = torch.randint(7, 16, (*half[:2], layouts.ROW_GROUP), device="cuda", dtype=torch.uint8)
+        body = torch.cat([low | high << 4, multipliers], dim=2)
+    else:
+        body = _normal((*half[:2], layouts.INT8_BLOCK_BYTES), 34, -127, 127).view(torch.uint8)
     scale = torch.rand(row_groups * layouts.ROW_GROUP, device="cuda") * 1e-3
     if not scheme.outliers:
         return layouts.GemmWeight(bits, (out_features, in_features), body, scale)
-    outliers = torch.randint(0, 256, (row_groups, layouts.INT8_BLOCK_BYTES), device="cuda", dtype=torch.uint8)
+    outliers = _normal((row_groups, layouts.INT8_BLOCK_BYTES), 34, -127, 127).view(torch.uint8)
     return layouts.GemmWeight(bits, (out_features, in_features), body, scale, outliers, scale)
+
+
+def _normal(shape: tuple[int, ...], deviation: float, low: int, high: int) -> Tensor:
+    return (torch.randn(shape, device="cuda") * deviation).round_().clamp_(low, high).to(torch.int8)
 
 
 # ---------------------------------------------------------------------------------------------- peers
@@ -207,15 +209,16 @@ def _fp8(out_features: int, in_features: int, tokens: int, copies: int) -> list[
 
 
 def _torch_int8(out_features: int, in_features: int, tokens: int, copies: int) -> list[Product]:
-    x = _random_int8(max(tokens, 17), in_features)  # torch._int_mm takes no fewer rows
-    weights = [_random_int8(out_features, in_features) for _ in range(copies)]
+    x = _normal((max(tokens, 17), in_features), 34, -127, 127)  # torch._int_mm takes no fewer rows
+    weights = [_normal((out_features, in_features), 34, -127, 127) for _ in range(copies)]
     return [lambda w=w: torch._int_mm(x, w.t()) for w in weights]
 
 
 def _vllm_int8(out_features: int, in_features: int, tokens: int, copies: int) -> list[Product]:
     from vllm import _custom_ops
 
-    x, weights = _random_int8(tokens, in_features), [_random_int8(out_features, in_features) for _ in range(copies)]
+    x = _normal((tokens, in_features), 34, -127, 127)
+    weights = [_normal((out_features, in_features), 34, -127, 127) for _ in range(copies)]
     token_scale, row_scale = torch.rand(tokens, 1, device="cuda"), torch.rand(out_features, 1, device="cuda")
     return [
         lambda w=w: _custom_ops.cutlass_scaled_mm(x, w.t(), token_scale, row_scale, torch.bfloat16) for w in weights
@@ -231,10 +234,6 @@ def _deep_gemm(out_features: int, in_features: int, tokens: int, copies: int) ->
     block_scales = torch.rand(out_features // 128, in_features // 128, device="cuda")
     y = torch.empty(tokens, out_features, device="cuda", dtype=torch.bfloat16)
     return [lambda w=w: deep_gemm.fp8_gemm_nt((x, token_scales), (w, block_scales), y) for w in weights]
-
-
-def _random_int8(rows: int, channels: int) -> Tensor:
-    return torch.randint(-127, 128, (rows, channels), device="cuda", dtype=torch.int8)
 
 
 _CUBLAS_BF16 = Contender("cuBLAS bf16", 16, _bf16)

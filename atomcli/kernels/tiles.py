@@ -16,7 +16,8 @@ class Tile:
     """The compile-time parameters of cuda/gemm_sm90a.cuh, and how tiles are dealt to the blocks of the grid.
 
     `split`: "none" deals whole tiles in turn, "remainder" cuts up those of the last wave, "all" cuts up every tile.
-    `blocks`: blocks of the grid; 0 for as many as fit on the card.
+    `blocks`: blocks of the grid; 0 for as many as fit on the card. `fragments`: 2 unpacks a block ahead, where 0 leaves
+    it to the registers: two for few consumers or few tokens.
     """
 
     tokens: int
@@ -28,6 +29,7 @@ class Tile:
     blocks_per_sm: int = 1
     split: str = "none"
     blocks: int = 0
+    fragments: int = 0
 
     @property
     def rows(self) -> int:
@@ -39,19 +41,24 @@ class Tile:
         """Threads of a block: the consumers' warpgroups and a producer, which is a whole one where registers move."""
         return self.row_groups * self.k_groups * WARPGROUP + (WARPGROUP if self.blocks_per_sm == 1 else 64)
 
+    @property
+    def roomy(self) -> bool:
+        """Whether a consumer's thread has more than 200 registers."""
+        return self.blocks_per_sm == 1 and self.row_groups * self.k_groups <= 2
+
     def shared_bytes(self, weight_bytes: int) -> int:
         """Dynamic shared memory, by the same formula as in the source."""
         stage = self.stage_blocks * (self.tokens * BLOCK + self.row_groups * weight_bytes)
-        roomy = self.blocks_per_sm == 1 and self.row_groups * self.k_groups <= 2
         exchange = (self.k_groups - 1) * self.row_groups * ROW_GROUP * self.tokens * 4
-        store = self.row_groups * 4 * min(self.tokens, 32 if roomy and self.tokens < 256 else 16) * 48
+        store = self.row_groups * 4 * min(self.tokens, 32 if self.roomy and self.tokens < 256 else 16) * 48
         return 1024 + self.stages * (-(-stage // 1024) * 1024) + exchange + store
 
     def defines(self, output: torch.dtype) -> dict[str, int | str]:
         """What the source is compiled with."""
         names = ("tokens", "row_groups", "k_groups", "stages", "stage_blocks", "cluster", "blocks_per_sm")
         values = asdict(self)
-        return {**{name.upper(): values[name] for name in names}, "OUTPUT": OUTPUTS[output]}
+        fragments = self.fragments or (2 if self.roomy or self.tokens <= 16 else 1)
+        return {**{name.upper(): values[name] for name in names}, "FRAGMENTS": fragments, "OUTPUT": OUTPUTS[output]}
 
 
 def source(bits: int) -> str:

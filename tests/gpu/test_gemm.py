@@ -24,7 +24,15 @@ class Problem:
     """Random integers and scales of one product, packed for the kernel; `expected` is the oracle, in fp64."""
 
     def __init__(
-        self, tokens: int, rows: int, channels: int, outliers: int, *, bits: int = 4, values: str = "random", seed: int = 0
+        self,
+        tokens: int,
+        rows: int,
+        channels: int,
+        outliers: int,
+        *,
+        bits: int = 4,
+        values: str = "random",
+        seed: int = 0,
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
 
@@ -64,7 +72,9 @@ class Problem:
         y = y + outlier_sums * outlier_token_scale[: self.tokens, None] * outlier_row_scale
         return y if bias is None else y + bias.double().cpu()
 
-    def run(self, tile: tune.Tile | None = None, bias: Tensor | None = None, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    def run(
+        self, tile: tune.Tile | None = None, bias: Tensor | None = None, dtype: torch.dtype = torch.bfloat16
+    ) -> Tensor:
         """The kernel's result, into memory full of NaN."""
         if tile is None:
             return gemm.linear(self.operand, self.gemm_weight, self.tokens, dtype, bias)
@@ -161,7 +171,9 @@ def test_two_streams_at_once() -> None:
 def test_torch_compile_holds_the_operator() -> None:
     problem = Problem(8, 256, 512, 128)
     weight, operand = problem.gemm_weight, problem.operand
-    compiled = torch.compile(lambda: gemm.linear(operand, weight, 8, torch.bfloat16) * 2, backend="eager", fullgraph=True)
+    compiled = torch.compile(
+        lambda: gemm.linear(operand, weight, 8, torch.bfloat16) * 2, backend="eager", fullgraph=True
+    )
     assert torch.equal(compiled(), problem.run() * 2)
 
 

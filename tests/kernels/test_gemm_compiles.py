@@ -37,7 +37,9 @@ def test_errors_carry_the_compilers_log(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_changed_header_is_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ATOM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(compiler, "resource_directory", lambda name: tmp_path)
-    (tmp_path / "kernel.cu").write_text('#include "value.cuh"\nextern "C" __global__ void kernel(int* p) { *p = VALUE; }')
+    (tmp_path / "kernel.cu").write_text(
+        '#include "value.cuh"\nextern "C" __global__ void kernel(int* p) { *p = VALUE; }'
+    )
     cubins = []
     for value in (1, 2, 1):
         (tmp_path / "value.cuh").write_text(f"#define VALUE {value}")

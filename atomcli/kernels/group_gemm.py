@@ -1,19 +1,21 @@
 """GEMMs whose operands both carry a float scale per group: the paper's W4A4 as it is written, and the FP4 formats.
 
-y[t, n] = sum over groups of s_x[t, g] * s_w[n, g] * (sum of codes), plus the INT8 outliers' term. On sm_90a the codes are
-e4m3 bytes (cuda/gemm_groups_sm90a.cu). Elsewhere they are nibbles: INT4 in groups of 128 runs on native INT4 MMAs before
-sm_90 and on INT8 ones after (cuda/gemm_w4a4_exact_sm80.cu), FP4 on the block-scaled MMAs of sm_120a (cuda/gemm_fp4_sm120a.cu).
+y[t, n] = sum over groups of s_x[t, g] * s_w[n, g] * (sum of codes), plus the INT8 outliers' term. On sm_90a codes are
+e4m3 bytes (cuda/gemm_groups_sm90a.cu). Elsewhere they are nibbles: INT4 in groups of 128 runs on native INT4 MMAs
+before sm_90 and on INT8 ones after (cuda/gemm_w4a4_exact_sm80.cu), FP4 on the block-scaled MMAs of sm_120a
+(cuda/gemm_fp4_sm120a.cu).
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from atomcli.formats.scheme import Scheme
+from atomcli.errors import UsageError
+from atomcli.formats.scheme import ActivationFormat, Scheme, WeightFormat
 from atomcli.kernels import warp_gemm
-from atomcli.kernels.compiler import load_kernel
+from atomcli.kernels.compiler import load_kernel, multiprocessors
 from atomcli.kernels.group_layouts import CHANNELS, ROWS, Codes, PackedGroups
 from atomcli.kernels.quantize import Operand
 
@@ -59,42 +61,72 @@ def codes_for(arch: str) -> Codes:
     return "e4m3" if arch == "90a" else "s4"
 
 
-def shape_for(tokens: int, scheme: Scheme, dtype: torch.dtype) -> Shape:
-    """The tile for `tokens` on sm_90a: tokens are padded to the MMA's width, few of them run on two blocks per SM."""
+def shape_for(tokens: int, rows: int, blocks: int, processors: int, scheme: Scheme, dtype: torch.dtype) -> Shape:
+    """The tile for y (tokens, rows) over `blocks` k-blocks on sm_90a, as measured on an H100 (docs/kernel-log.md).
+
+    Tokens are padded to the MMA's width. Two blocks per SM hide each other's waits, but split a small problem into more
+    parts than it is worth; three warpgroups promote in each other's shadow once there are tiles for all SMs.
+    """
     tile = next((n for n in (8, 16, 32, 64) if tokens <= n), 128)
-    small = tile <= 32
-    row_groups, stages = 2, {8: 9, 16: 8, 32: 6, 64: 11, 128: 7}[tile]
+    units_per_block = -(-rows // (2 * ROWS)) * -(-tokens // tile) * blocks / (2 * processors)
+    blocks_per_sm = 2 if tile <= 64 and units_per_block >= 12 else 1
+    tiles = -(-rows // (3 * ROWS)) * -(-tokens // tile)
+    row_groups = 3 if tile == 128 and scheme.weights.group == CHANNELS and tiles * 5 >= processors * 6 else 2
     scale, scale_bytes = WEIGHT_SCALES[scheme.weights.scale]
     assert scheme.weights.group is not None
     groups = CHANNELS // scheme.weights.group
     weight_bytes = ROWS * CHANNELS // 2 + ROWS * groups * scale_bytes
     stage = -(-(tile * CHANNELS + groups * tile * 4 + row_groups * weight_bytes) // 1024) * 1024
     fixed = 1024 + row_groups * 4 * min(tile, 32) * 48
-    limit = (SHARED_LIMIT - 2048) // (2 if small else 1)
-    stages = min(stages, (limit - fixed) // stage)
-    defines = {
+    stages = min(16, ((SHARED_LIMIT - 2048) // blocks_per_sm - fixed) // stage)
+    defines: dict[str, int | str] = {
         "TOKENS": tile,
-        "PART_TOKENS": tile,
+        "PART_TOKENS": 32 if tile == 64 and blocks_per_sm == 2 else tile,
         "ROW_GROUPS": row_groups,
         "STAGES": stages,
-        "BLOCKS_PER_SM": 2 if small else 1,
+        "BLOCKS_PER_SM": blocks_per_sm,
         "ELEMENT": scheme.weights.element.upper(),
         "GROUP": scheme.weights.group,
         "WEIGHT_SCALE": scale,
         "OUTPUT": {torch.bfloat16: "Bfloat16", torch.float16: "Float16"}[dtype],
     }
-    threads = row_groups * 128 + (64 if small else 128)
-    return Shape(defines, threads, fixed + stages * stage, row_groups * ROWS, tile, 2 if small else 1)
+    threads = row_groups * 128 + (64 if blocks_per_sm == 2 else 128)
+    return Shape(defines, threads, fixed + stages * stage, row_groups * ROWS, tile, blocks_per_sm)
+
+
+def linear(
+    operand: Operand, weight: PackedGroups, scheme: Scheme, tokens: int, dtype: torch.dtype, bias: Tensor | None = None
+) -> Tensor:
+    """y (tokens, rows) in `dtype`, bf16 or fp16, of quantized tokens and a packed weight; `bias` fp32 (rows,).
+
+    The operand's container is "e4m3", or "nibble" for codes "s4". Raises UsageError for operands that do not fit.
+    """
+    width = CHANNELS if weight.codes == "e4m3" else CHANNELS // 2
+    blocks = weight.blocks.shape[1] + (weight.outliers is not None and weight.codes == "e4m3")
+    if operand.codes.shape[0] != blocks or operand.codes.shape[2] != width or operand.codes.shape[1] < tokens:
+        raise UsageError(
+            f"The operand is {tuple(operand.codes.shape)}; the weight's {weight.codes} codes need "
+            f"({blocks}, {tokens}, {width})."
+        )
+    if bias is not None and (bias.dtype != torch.float32 or bias.shape != (weight.rows,)):
+        raise UsageError(f"The bias must be fp32 ({weight.rows},), not {bias.dtype} {tuple(bias.shape)}.")
+    format = scheme.weights
+    return torch.ops.atom.gemm_groups(
+        *operand, weight.blocks, weight.row_scale, weight.outliers, weight.outlier_scale, bias, format.element,
+        format.group, format.scale, weight.codes, weight.rows, tokens, dtype,
+    )  # fmt: skip
 
 
 def multiply(
     operand: Operand, weight: PackedGroups, scheme: Scheme, tokens: int, dtype: torch.dtype, bias: Tensor | None = None,
     shape: Shape | None = None,
 ) -> Tensor:  # fmt: skip
-    """y (tokens, rows) in `dtype`, bf16 or fp16, of quantized tokens and a packed weight; `bias` fp32 (rows,)."""
+    """What `linear` does, without the operator around it and with a tile of one's choice."""
     output = torch.empty((tokens, weight.rows), dtype=dtype, device=weight.blocks.device)
     if tokens and weight.codes == "e4m3":
-        _multiply_sm90a(operand, weight, shape or shape_for(tokens, scheme, dtype), output, bias)
+        processors = multiprocessors(output.device)
+        shape = shape or shape_for(tokens, weight.rows, weight.blocks.shape[1], processors, scheme, dtype)
+        _multiply_sm90a(operand, weight, shape, output, bias)
     elif tokens:
         _multiply_nibbles(operand, weight, scheme, output, bias)
     return output
@@ -102,13 +134,12 @@ def multiply(
 
 def _multiply_sm90a(operand: Operand, weight: PackedGroups, shape: Shape, output: Tensor, bias: Tensor | None) -> None:
     device = output.device
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
     row_tiles, token_tiles = -(-weight.rows // shape.rows), -(-output.shape[0] // shape.tokens)
     blocks, padded = weight.blocks.shape[1], operand.token_scale.shape[0]
-    grid = processors * shape.blocks_per_sm
+    grid = multiprocessors(device) * shape.blocks_per_sm
     units = row_tiles * token_tiles * (blocks + (weight.outliers is not None))
     grid = min(grid, max(1, units // 2))
-    # Whole rounds of tiles go to the blocks one each; what is left over, or all of a small problem, is split among them.
+    # Whole rounds of tiles go to the blocks one each; the rest, or all of a small problem, is split among them.
     split_tiles = row_tiles * token_tiles % grid
     row_groups = shape.rows // ROWS
     scratch = warp_gemm.workspace(device, "groups", grid * shape.rows * shape.tokens, grid * row_groups * 4)
@@ -120,9 +151,13 @@ def _multiply_sm90a(operand: Operand, weight: PackedGroups, shape: Shape, output
     )  # fmt: skip
 
 
-def _multiply_nibbles(operand: Operand, weight: PackedGroups, scheme: Scheme, output: Tensor, bias: Tensor | None) -> None:
+def _multiply_nibbles(
+    operand: Operand, weight: PackedGroups, scheme: Scheme, output: Tensor, bias: Tensor | None
+) -> None:
     file, defines = nibble_kernel(scheme)
-    warp_gemm.launch(file, defines, weight.blocks, weight.outliers, operand, weight.row_scale, weight.outlier_scale, bias, output)
+    warp_gemm.launch(
+        file, defines, weight.blocks, weight.outliers, operand, weight.row_scale, weight.outlier_scale, bias, output
+    )
 
 
 def nibble_kernel(scheme: Scheme) -> tuple[str, dict[str, int | str]]:
@@ -131,3 +166,38 @@ def nibble_kernel(scheme: Scheme) -> tuple[str, dict[str, int | str]]:
         return "gemm_w4a4_exact_sm80.cu", {}
     assert scheme.weights.group is not None
     return "gemm_fp4_sm120a.cu", {"GROUP": scheme.weights.group}
+
+
+# -------------------------------------------------------------------------------------------- operator
+
+
+@torch.library.custom_op("atom::gemm_groups", mutates_args=(), device_types="cuda")
+def _gemm_groups(
+    codes: Tensor,
+    outlier_codes: Tensor,
+    token_scale: Tensor,
+    outlier_token_scale: Tensor,
+    group_scales: Tensor,
+    blocks: Tensor,
+    row_scale: Tensor | None,
+    outliers: Tensor | None,
+    outlier_scale: Tensor | None,
+    bias: Tensor | None,
+    element: str,
+    group: int,
+    scale: str,
+    order: str,
+    rows: int,
+    tokens: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    operand = Operand(codes, outlier_codes, token_scale, outlier_token_scale, group_scales)
+    weight = PackedGroups(blocks, row_scale, outliers, outlier_scale, rows, order)  # type: ignore[arg-type]
+    scheme = Scheme(WeightFormat(element, group, scale), ActivationFormat(element, group, scale))  # type: ignore[arg-type]
+    return multiply(operand, weight, scheme, tokens, dtype, bias)
+
+
+@_gemm_groups.register_fake
+def _gemm_groups_fake(*arguments: Any) -> Tensor:
+    codes, (rows, tokens, dtype) = arguments[0], arguments[-3:]
+    return codes.new_empty((tokens, rows), dtype=dtype)

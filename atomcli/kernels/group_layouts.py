@@ -51,7 +51,7 @@ def pack_groups(weight: QuantizedWeight, codes: Codes) -> PackedGroups:
 
 
 def pack_int8(codes: Tensor) -> Tensor:
-    """INT8 codes (rows, channels) as uint8 (row groups, k-blocks * 8192): four registers for each k32 step and thread."""
+    """INT8 codes (rows, channels) as uint8 (row groups, k-blocks * 8192): four registers per k32 step and thread."""
     fragment = _fragments(_pad(codes, ROWS, CHANNELS).view(torch.uint8), steps=4, per_register=4)
     # row group, warp, half, g, k-block, step, k half, c, byte
     return fragment.permute(0, 4, 5, 1, 3, 7, 6, 2, 8).reshape(fragment.shape[0], -1).contiguous()

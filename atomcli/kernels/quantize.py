@@ -1,12 +1,12 @@
 """Quantizing a layer's input on the GPU: prologue, layout transform, codes and scales in one kernel per token row.
 
-The rule is formats/activations.py; cuda/quantize_activations.cu reproduces its codes bit for bit. Everything is one torch
-operator, `atom::quantize_activations`, so torch.compile and CUDA graphs can hold it.
+The rule is formats/activations.py; cuda/quantize_activations.cu reproduces its codes bit for bit. Everything is one
+torch operator, `atom::quantize_activations`, so torch.compile and CUDA graphs can hold it.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -33,11 +33,11 @@ Container = Literal["s8", "e4m3", "nibble"]
 class Operand(NamedTuple):
     """What the GEMM reads: T tokens padded to T_pad, channels cut into k-blocks of 128, body first, outliers after.
 
-    codes: uint8 (k-blocks, T_pad, 128), 16-byte chunks of a row swizzled by its number. Nibbles: (body k-blocks, T_pad, 64),
-    and the outliers apart, in outlier_codes (outlier k-blocks, T_pad, 128), which is empty otherwise. token_scale,
-    outlier_scale: fp32 (T_pad,). group_scales: (G_pad, T_pad) in their stored dtype, G_pad the groups of whole k-blocks;
-    beside nibbles and e4m3 bytes (k-blocks, T_pad, groups of a k-block), for the latter the fp32 values that a GEMM promotes
-    with; empty where the format has none. Padding rows are zero.
+    codes: uint8 (k-blocks, T_pad, 128), 16-byte chunks of a row swizzled by its number. Nibbles: (body k-blocks, T_pad,
+    64), and the outliers apart, in outlier_codes (outlier k-blocks, T_pad, 128), which is empty otherwise. token_scale,
+    outlier_scale: fp32 (T_pad,). group_scales: (G_pad, T_pad) in their stored dtype, G_pad groups of whole k-blocks;
+    beside nibbles and e4m3 bytes (k-blocks, T_pad, groups of a k-block), for the latter the fp32 values that a GEMM
+    promotes with; empty where the format has none. Padding rows are zero.
     """
 
     codes: Tensor
@@ -49,8 +49,11 @@ class Operand(NamedTuple):
 
 @dataclass(frozen=True)
 class KernelLayout:
-    """An InputLayout as the kernel takes it: `table` (k-blocks * 128,) names the source channel of each operand channel,
-    `in_features` for padding, with the sign in the top bit; None where channels keep their order and sign."""
+    """An InputLayout as the kernel takes it.
+
+    `table` (k-blocks * 128,) names the source channel of each operand channel, `in_features` for padding, with the sign
+    in the top bit; None where channels keep their order and sign.
+    """
 
     in_features: int
     body: int
@@ -94,7 +97,7 @@ def quantize(
     container: Container = "s8",
     row_multiple: int = 8,
 ) -> Operand:
-    """Quantize x (T, in_features) fp32, fp16 or bf16 in `scheme`; token rows are padded to a multiple of `row_multiple`."""
+    """Quantize x (T, in_features) fp32, fp16 or bf16; token rows are padded to a multiple of `row_multiple`."""
     return Operand(*_call(x, None, None, scheme, layout, "plain", container, row_multiple)[:5])
 
 
@@ -110,8 +113,9 @@ def norm_quantize(
     container: Container = "s8",
     row_multiple: int = 8,
 ) -> tuple[Operand, Tensor, Tensor | None]:
-    """RMSNorm of x (T, K), or of x + residual, then quantize; also returns the sum (x itself without a residual), and the
-    normed rows if wanted.
+    """RMSNorm of x (T, K), or of x + residual, then quantize.
+
+    Also returns the sum (x itself without a residual), and the normed rows if wanted.
 
     weight (K,) in x's dtype. Rounds where transformers' RMSNorm does; `unit_offset` is Gemma's (1 + weight) in fp32.
     """
@@ -167,8 +171,8 @@ def _call(
         raise UnsupportedError(f"Scheme {scheme.name} can't be quantized on the GPU: {reason}.")
     format = scheme.activations
     return torch.ops.atom.quantize_activations(
-        x, other, weight, layout.table, layout.body, layout.hadamard, prologue, format.element, format.group, format.scale,
-        format.symmetric, format.clip, container, row_multiple, epsilon, unit_offset, want_row,
+        x, other, weight, layout.table, layout.body, layout.hadamard, prologue, format.element, format.group,
+        format.scale, format.symmetric, format.clip, container, row_multiple, epsilon, unit_offset, want_row,
     )  # fmt: skip
 
 
@@ -201,10 +205,20 @@ def plan(
     lanes = BLOCK // channels_per_lane
     slots = MAX_THREADS // lanes
     # A single token is done soonest by the whole SM; of many, smaller blocks hide each other's waits.
-    per_lane = next(n for n in (1, 2, 4, 8) if n * slots >= blocks or n == 8) if channels_per_lane == 4 else min(2, -(-blocks // 64))
+    per_lane = (
+        next(n for n in (1, 2, 4, 8) if n * slots >= blocks or n == 8)
+        if channels_per_lane == 4
+        else min(2, -(-blocks // 64))
+    )
     per_lane = max(per_lane, 1)
     threads = min(MAX_THREADS, -(-(-(-blocks // per_lane) * lanes) // 32) * 32)
-    scales = {"row": "PER_TOKEN", "fp16": "FP16_GROUP", "e8m0": "E8M0_GROUP", "e4m3": "E4M3_GROUP", "two_level": "TWO_LEVEL"}
+    scales = {
+        "row": "PER_TOKEN",
+        "fp16": "FP16_GROUP",
+        "e8m0": "E8M0_GROUP",
+        "e4m3": "E4M3_GROUP",
+        "two_level": "TWO_LEVEL",
+    }
     defines: dict[str, int | str] = {
         "INPUT": INPUTS[dtype],
         "INDEX": "unsigned" if table == torch.uint32 else "unsigned short",
@@ -248,15 +262,25 @@ def launch(
     aligned = channels % per_access == 0 and body % per_access == 0 and all(t.data_ptr() % 16 == 0 for t in rows)
     aligned = aligned and all(t.stride(0) % per_access == 0 for t in rows if t.dim() == 2)
     how = plan(
-        tokens, channels, body, x.dtype, format, prologue, container, None if table is None else table.dtype, hadamard, aligned
+        tokens,
+        channels,
+        body,
+        x.dtype,
+        format,
+        prologue,
+        container,
+        None if table is None else table.dtype,
+        hadamard,
+        aligned,
     )
     padded = token_scale.shape[0]
     if container != "nibble":
         outlier_codes = codes[-(-body // BLOCK) :]
     load(how).launch(
-        padded, how.threads, x, other, weight, table, total, row if want_row else None, codes, outlier_codes, token_scale,
-        outlier_scale, group_scales, tokens, padded, channels, body, x.stride(0), 0 if other is None else other.stride(0),
-        float(format.clip), *factors(format), float(epsilon), int(unit_offset), overlap=True,
+        padded, how.threads, x, other, weight, table, total, row if want_row else None, codes, outlier_codes,
+        token_scale, outlier_scale, group_scales, tokens, padded, channels, body, x.stride(0),
+        0 if other is None else other.stride(0), float(format.clip), *factors(format), float(epsilon),
+        int(unit_offset), overlap=True,
     )  # fmt: skip
 
 
@@ -287,7 +311,7 @@ class Loader(Protocol):
 def allocate(
     x: Tensor, body: int, format: ActivationFormat, prologue: str, container: str, row_multiple: int, want_row: bool
 ) -> tuple[Tensor, ...]:
-    """The operator's outputs, uninitialised: the operand's five tensors, x + residual, and the input before the transform."""
+    """The operator's outputs, uninitialised: the operand's five, x + residual, and the input before the transform."""
     tokens, channels = x.shape
     padded = -(-tokens // row_multiple) * row_multiple
     body_blocks, outlier_blocks = -(-body // BLOCK), -(-(channels - body) // BLOCK)
@@ -300,7 +324,10 @@ def allocate(
         *(x.new_empty(shape, dtype=torch.uint8) for shape in shapes),
         x.new_empty((padded,), dtype=torch.float32),
         x.new_empty((padded,), dtype=torch.float32),
-        x.new_empty((body_blocks, padded, groups // max(body_blocks, 1)) if container != "s8" else (groups, padded), dtype=torch.float32 if container == "e4m3" else GROUP_SCALE_DTYPES.get(format.scale, torch.float16)),
+        x.new_empty(
+            (body_blocks, padded, groups // max(body_blocks, 1)) if container != "s8" else (groups, padded),
+            dtype=torch.float32 if container == "e4m3" else GROUP_SCALE_DTYPES.get(format.scale, torch.float16),
+        ),
         x.new_empty(x.shape if prologue == "add_norm" else (0,)),
         x.new_empty(x.shape if want_row else (0,)),
     )
@@ -334,18 +361,19 @@ def _quantize_activations(
     if x.shape[0]:
         launch(
             lambda how: load_kernel(SOURCE, ENTRY, x.device, how.defines, how.shared_bytes),
-            x, other, weight, table, hadamard, prologue, format, container, epsilon, unit_offset, results, body, want_row,  # type: ignore[arg-type]
+            x, other, weight, table, hadamard, prologue, format, container,  # type: ignore[arg-type]
+            epsilon, unit_offset, results, body, want_row,
         )  # fmt: skip
     return results  # type: ignore[return-value]
 
 
 @_quantize_activations.register_fake
-def _quantize_activations_fake(
-    x, other, weight, table, body, hadamard, prologue, element, group, scale, symmetric, clip, container, row_multiple,
-    epsilon, unit_offset, want_row,
-):  # type: ignore[no-untyped-def]  # fmt: skip
-    format = ActivationFormat(element, group, scale, symmetric, clip)
-    return allocate(x, body, format, prologue, container, row_multiple, want_row)
+def _quantize_activations_fake(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    _, _, _, body, _, prologue, *numbers, container, row_multiple, _, _, want_row = rest
+    element, group, scale, symmetric, clip = numbers
+    return allocate(
+        x, body, ActivationFormat(element, group, scale, symmetric, clip), prologue, container, row_multiple, want_row
+    )
 
 
 def check(x: Tensor, other: Tensor | None, weight: Tensor | None, row_multiple: int) -> None:
@@ -357,9 +385,14 @@ def check(x: Tensor, other: Tensor | None, weight: Tensor | None, row_multiple: 
     for name, tensor in (("x", x), ("second input", other), ("norm weight", weight)):
         if tensor is None:
             continue
-        if tensor.dtype != x.dtype or tensor.shape[-1] != x.shape[-1] or (tensor.dim() == 2 and tensor.shape != x.shape):
+        if (
+            tensor.dtype != x.dtype
+            or tensor.shape[-1] != x.shape[-1]
+            or (tensor.dim() == 2 and tensor.shape != x.shape)
+        ):
             raise UnsupportedError(
-                f"The {name} is {tensor.dtype} {tuple(tensor.shape)}; the kernel needs {x.dtype} {tuple(x.shape)} beside x."
+                f"The {name} is {tensor.dtype} {tuple(tensor.shape)}; beside x the kernel needs "
+                f"{x.dtype} {tuple(x.shape)}."
             )
         if tensor.stride(-1) != 1:
             raise UnsupportedError(f"The {name}'s channels are not contiguous (stride {tensor.stride(-1)}).")

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from atomcli.kernels.compiler import load_kernel
+from atomcli.kernels.compiler import load_kernel, multiprocessors
+from atomcli.kernels.gemm import _capture_id
 from atomcli.kernels.layouts import GemmWeight
 from atomcli.kernels.quantize import Operand
 
@@ -25,13 +26,27 @@ def linear(operand: Operand, weight: GemmWeight, tokens: int, dtype: torch.dtype
     return output
 
 
-def tile(tokens: int, output: str, blocks: int, row_groups: int, processors: int) -> tuple[dict[str, int | str], int, int]:
-    """Defines, output rows of a tile and splits for the warp-MMA kernels: large tiles for many tokens, else split channels."""
+def tile(
+    tokens: int, output: str, blocks: int, row_groups: int, processors: int
+) -> tuple[dict[str, int | str], int, int]:
+    """Defines, output rows of a tile, and splits: large tiles for many tokens, split channels for few."""
     if tokens > 64:
-        defines: dict[str, int | str] = {"ROW_WARPS": 4, "TOKEN_WARPS": 2, "ROW_TILES": 2, "TOKEN_TILES": 8, "STAGES": 3}
+        defines: dict[str, int | str] = {
+            "ROW_WARPS": 4,
+            "TOKEN_WARPS": 2,
+            "ROW_TILES": 2,
+            "TOKEN_TILES": 8,
+            "STAGES": 3,
+        }
     else:
         tiles = next(n for n in (1, 2, 4, 8) if tokens <= 8 * n)
-        defines = {"ROW_WARPS": 4, "TOKEN_WARPS": 1, "ROW_TILES": 1, "TOKEN_TILES": tiles, "STAGES": 6 if tiles <= 4 else 4}
+        defines = {
+            "ROW_WARPS": 4,
+            "TOKEN_WARPS": 1,
+            "ROW_TILES": 1,
+            "TOKEN_TILES": tiles,
+            "STAGES": 6 if tiles <= 4 else 4,
+        }
     rows = int(defines["ROW_WARPS"]) * int(defines["ROW_TILES"]) * 16
     tile_tokens = int(defines["TOKEN_WARPS"]) * int(defines["TOKEN_TILES"]) * 8
     tiles = -(-row_groups * ROWS // rows) * -(-tokens // tile_tokens)
@@ -42,6 +57,7 @@ def tile(tokens: int, output: str, blocks: int, row_groups: int, processors: int
 class Workspace(NamedTuple):
     """Where blocks that share a tile leave their sums: `partials` is scratch, `flags` is zero between launches."""
 
+    capture: int
     partials: Tensor
     flags: Tensor
 
@@ -50,11 +66,21 @@ _workspaces: dict[tuple[int | None, int, str], Workspace] = {}
 
 
 def workspace(device: torch.device, name: str, partial_floats: int, flags: int) -> Workspace:
-    """The workspace of this kind on the current stream; kernels of one stream run one after another and may share it."""
-    key = (device.index, torch.cuda.current_stream(device).cuda_stream, name)
+    """The workspace of this kind on the current stream, whose kernels run one after another and may share it.
+
+    Each capture of a CUDA graph gets its own: a graph's memory must not depend on another's replay.
+    """
+    stream = torch.cuda.current_stream(device).cuda_stream
+    key, capture = (device.index, stream, name), _capture_id(stream)
     found = _workspaces.get(key)
-    if found is None or found.partials.numel() < partial_floats or found.flags.numel() < flags:
+    if (
+        found is None
+        or found.capture != capture
+        or found.partials.numel() < partial_floats
+        or found.flags.numel() < flags
+    ):
         found = Workspace(
+            capture,
             torch.empty(partial_floats, dtype=torch.float32, device=device),
             torch.zeros(flags, dtype=torch.int32, device=device),
         )
@@ -69,7 +95,7 @@ def launch(
     """Launch a kernel of cuda/gemm_sm80.cuh; `blocks` (row groups, k-blocks, bytes) are the packed weights."""
     device, (tokens, out_features) = output.device, output.shape
     row_groups, k_blocks, weight_bytes = blocks.shape
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    processors = multiprocessors(device)
     output_name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[output.dtype]
     defines, rows, splits = tile(tokens, output_name, k_blocks, row_groups, processors)
     defines = {**defines, **extra}
@@ -87,7 +113,7 @@ def launch(
     outlier_codes = operand.outlier_codes if token_bytes == 64 else operand.codes[k_blocks:]
     kernel = load_kernel(file, "gemm", device, defines, max(ring, outlier_stage, staging))
     kernel.launch(
-        grid, warps * 32, blocks, outliers, operand.codes, outlier_codes, operand.group_scales, row_scale, outlier_scale,
-        operand.token_scale, operand.outlier_scale, bias, output, scratch.partials, scratch.flags, out_features, tokens,
-        operand.token_scale.shape[0], k_blocks,
+        grid, warps * 32, blocks, outliers, operand.codes, outlier_codes, operand.group_scales, row_scale,
+        outlier_scale, operand.token_scale, operand.outlier_scale, bias, output, scratch.partials, scratch.flags,
+        out_features, tokens, operand.token_scale.shape[0], k_blocks,
     )  # fmt: skip

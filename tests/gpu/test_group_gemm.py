@@ -8,7 +8,16 @@ from atomcli.kernels.compiler import architecture
 from atomcli.kernels.group_layouts import pack_groups
 from tests.kernels.gemm_cases import GROUP_SCHEMES, random_problem, relative_error
 
-SHAPES = [(1, 256, 512), (7, 64, 384), (16, 200, 1000), (33, 129, 640), (64, 512, 2048), (130, 300, 900), (515, 4096, 1024)]
+SHAPES = [
+    (1, 256, 512),
+    (7, 64, 384),
+    (16, 200, 1000),
+    (33, 129, 640),
+    (64, 512, 2048),
+    (130, 300, 900),
+    (515, 4096, 1024),
+    (1300, 3000, 640),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +35,7 @@ def test_products(name: str, tokens: int, rows: int, channels: int) -> None:
     codes = group_gemm.codes_for(arch)
     operand, weight, expected = random_problem(scheme, tokens, rows, channels, "e4m3" if codes == "e4m3" else "nibble")
     packed, bias = pack_groups(weight, codes), torch.randn(rows, device="cuda")
-    y = group_gemm.multiply(operand, packed, scheme, tokens, torch.bfloat16, bias)
+    y = group_gemm.linear(operand, packed, scheme, tokens, torch.bfloat16, bias)
     assert relative_error(y, expected + bias) < 2e-3
     assert torch.equal(y, group_gemm.multiply(operand, packed, scheme, tokens, torch.bfloat16, bias))
 

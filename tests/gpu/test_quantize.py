@@ -17,7 +17,11 @@ def on_host(operand):
 @pytest.mark.parametrize("name", FORMATS)
 def test_codes_equal_the_rule(name: str, tokens: int) -> None:
     torch.manual_seed(tokens)
-    for channels, outliers, permuted, hadamard in ((580, 64, True, True), (4096, 128, True, False), (896, 0, False, True)):
+    for channels, outliers, permuted, hadamard in (
+        (580, 64, True, True),
+        (4096, 128, True, False),
+        (896, 0, False, True),
+    ):
         scheme = cases.scheme_of(FORMATS[name], outliers, hadamard)
         layout = cases.random_layout(channels, outliers, permuted, permuted, hadamard)
         x = cases.random_rows(tokens, channels, torch.bfloat16)
@@ -25,7 +29,9 @@ def test_codes_equal_the_rule(name: str, tokens: int) -> None:
         cases.assert_equal(on_host(operand), cases.reference(x, scheme, layout), "s8")
 
 
-@pytest.mark.parametrize(("name", "container"), [("paper", "nibble"), ("paper", "e4m3"), ("nvfp4", "e4m3"), ("mxfp4", "e4m3")])
+@pytest.mark.parametrize(
+    ("name", "container"), [("paper", "nibble"), ("paper", "e4m3"), ("nvfp4", "e4m3"), ("mxfp4", "e4m3")]
+)
 def test_containers(name: str, container: str) -> None:
     torch.manual_seed(3)
     scheme = cases.scheme_of(FORMATS[name], 128, True)

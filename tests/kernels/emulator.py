@@ -20,7 +20,17 @@ from atomcli.resources import resource_directory
 HOST = Path(__file__).parent / "host"
 COMPILER = shutil.which("g++")
 # No contraction: the device code says where it wants an FMA.
-OPTIONS = ("-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-ffp-contract=off", "-include", "cuda_on_host.h", f"-I{HOST}")
+OPTIONS = (
+    "-std=c++20",
+    "-O1",
+    "-w",
+    "-shared",
+    "-fPIC",
+    "-ffp-contract=off",
+    "-include",
+    "cuda_on_host.h",
+    f"-I{HOST}",
+)
 
 
 @functools.cache
@@ -34,8 +44,8 @@ def _build(file: str, entry: str, defines: tuple[tuple[str, int | str], ...]) ->
             (Path(folder) / name).write_text(content)
         main = Path(folder) / "main.cpp"
         main.write_text(
-            f"{sources[file]}\nextern \"C\" void run(unsigned x, unsigned y, unsigned z, unsigned threads, void** arguments) "
-            f"{{ host::launch({entry}, {{x, y, z}}, threads, arguments); }}\n"
+            f'{sources[file]}\nextern "C" void run(unsigned x, unsigned y, unsigned z, unsigned threads, void** args) '
+            f"{{ host::launch({entry}, {{x, y, z}}, threads, args); }}\n"
         )
         library = Path(folder) / f"lib{hashlib.sha256(repr(defines).encode()).hexdigest()[:16]}.so"
         macros = [f"-D{name}={value}" for name, value in defines]
@@ -49,7 +59,9 @@ class HostKernel:
     def __init__(self, file: str, entry: str, defines: Mapping[str, int | str]) -> None:
         self.library = _build(file, entry, tuple(sorted(defines.items())))
 
-    def launch(self, grid: int | tuple[int, ...], block: int, *arguments: torch.Tensor | float | None, **_: object) -> None:
+    def launch(
+        self, grid: int | tuple[int, ...], block: int, *arguments: torch.Tensor | float | None, **_: object
+    ) -> None:
         """Run one grid to its end."""
         values: list[ctypes.c_void_p | ctypes.c_int32 | ctypes.c_float] = []
         for value in arguments:

@@ -45,9 +45,13 @@ def random_group_weight(scheme: Scheme, rows: int, channels: int, device: str = 
     return QuantizedWeight.from_codes(scheme, codes, stored, unit, outlier_codes, outlier_scale)
 
 
-def random_problem(scheme: Scheme, tokens: int, rows: int, channels: int, container: str) -> tuple[Operand, QuantizedWeight, Tensor]:
+def random_problem(
+    scheme: Scheme, tokens: int, rows: int, channels: int, container: str
+) -> tuple[Operand, QuantizedWeight, Tensor]:
     """On the GPU: a quantized operand, a weight, and y (tokens, rows) fp32 by the reference's own arithmetic."""
-    layout = random_layout(channels, scheme.outliers, permuted=True, signed=True, hadamard=scheme.transform == "hadamard")
+    layout = random_layout(
+        channels, scheme.outliers, permuted=True, signed=True, hadamard=scheme.transform == "hadamard"
+    )
     x = random_rows(tokens, channels, torch.bfloat16).cuda()
     weight = random_group_weight(scheme, rows, channels, "cuda")
     operand = quantize(x, scheme, prepare_layout(layout, "cuda"), container)  # type: ignore[arg-type]

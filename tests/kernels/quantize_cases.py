@@ -110,4 +110,6 @@ def assert_equal(operand: Operand, expected: QuantizedActivations, container: st
 
 def _numbers(stored: Tensor, scale: str) -> Tensor:
     """Stored scales as fp32; E8M0 exponents as numbers."""
-    return stored.view(torch.float8_e4m3fn).float() if stored.dtype == torch.uint8 and scale == "e4m3" else stored.float()
+    return (
+        stored.view(torch.float8_e4m3fn).float() if stored.dtype == torch.uint8 and scale == "e4m3" else stored.float()
+    )

@@ -76,7 +76,9 @@ def test_layouts_and_inputs(channels, outliers, permuted, signed, hadamard, dtyp
 
 
 @emulated
-@pytest.mark.parametrize(("name", "container"), [("paper", "nibble"), ("paper", "e4m3"), ("fp4", "e4m3"), ("fp4", "nibble")])
+@pytest.mark.parametrize(
+    ("name", "container"), [("paper", "nibble"), ("paper", "e4m3"), ("fp4", "e4m3"), ("fp4", "nibble")]
+)
 def test_containers(name: str, container: str) -> None:
     torch.manual_seed(2)
     scheme = cases.scheme_of(cases.FORMATS[name], 128, False)
@@ -136,7 +138,8 @@ def test_compiles_without_spills(arch: str) -> None:
     formats = (SCHEMES["w4a8"], SCHEMES["w4a4"], SCHEMES["atom-paper"], SCHEMES["nvfp4"])
     for scheme, tokens, channels in zip(formats, (1, 4096, 64, 4096), (4096, 11008, 53248, 28672), strict=True):
         how = quantization.plan(
-            tokens, channels, channels - scheme.outliers, torch.bfloat16, scheme.activations, "add_norm", "s8", torch.uint16, True, True
+            tokens, channels, channels - scheme.outliers, torch.bfloat16, scheme.activations, "add_norm", "s8",
+            torch.uint16, True, True,
         )  # fmt: skip
         resources = compile_source(quantization.SOURCE, arch, how.defines).resources[quantization.ENTRY]
         assert resources.spill_bytes == 0

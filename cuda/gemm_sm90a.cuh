@@ -15,7 +15,8 @@
 #include "store.cuh"
 #include "unpack.cuh"
 
-// TOKENS, ROW_GROUPS, K_GROUPS, STAGES, STAGE_BLOCKS, CLUSTER, BLOCKS_PER_SM and OUTPUT come from the compiler's command line.
+// TOKENS, ROW_GROUPS, K_GROUPS, STAGES, STAGE_BLOCKS, CLUSTER, BLOCKS_PER_SM, FRAGMENTS and OUTPUT come from the
+// compiler's command line. With two FRAGMENTS a warpgroup unpacks its next block while the MMAs of the last one run.
 __device__ constexpr int min_of(int a, int b) { return a < b ? a : b; }
 constexpr int WARPGROUP = 128;
 constexpr int CONSUMER_GROUPS = ROW_GROUPS * K_GROUPS;
@@ -24,9 +25,7 @@ constexpr int THREADS = CONSUMER_GROUPS * WARPGROUP + (LARGE ? WARPGROUP : 64);
 constexpr int PRODUCER_REGISTERS = CONSUMER_GROUPS == 4 ? 64 : TOKENS == 256 ? 40 : 72;
 constexpr int CONSUMER_REGISTERS = CONSUMER_GROUPS == 4 ? 104 : TOKENS == 256 ? 232 : 216;
 
-// Where registers allow, a warpgroup unpacks its next block while the MMAs of the last one still read theirs.
 constexpr bool ROOMY = LARGE && CONSUMER_GROUPS <= 2;
-constexpr int FRAGMENTS = ROOMY || TOKENS <= 16 ? 2 : 1;
 
 constexpr int VISITS = STAGE_BLOCKS / K_GROUPS;  // blocks of a stage that one warpgroup multiplies
 static_assert(STAGE_BLOCKS % K_GROUPS == 0 && (VISITS == 1 || VISITS == 2), "a warpgroup takes one or two blocks per stage");

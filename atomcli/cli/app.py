@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
-from atomcli.cli import bench, calibrate, doctor, evaluate, inspect, quantize, recipes
+from atomcli.cli import bench, calibrate, doctor, evaluate, inspect, plan, quantize, recipes
 from atomcli.cli.command import AsJson, Debug, NoColor, Quiet, configure
 from atomcli.cli.console import console
 from atomcli.version import __version__
@@ -19,7 +19,7 @@ class Journey(TyperGroup):
     """Lists the commands in the order in which one needs them."""
 
     def list_commands(self, context: Any) -> list[str]:
-        order = ["quantize", "calibrate", "eval", "bench", "inspect", "recipes", "doctor"]
+        order = ["plan", "quantize", "calibrate", "eval", "bench", "inspect", "recipes", "doctor"]
         return sorted(super().list_commands(context), key=order.index)
 
 
@@ -34,6 +34,7 @@ app = typer.Typer(
     invoke_without_command=True,
 )
 app.command("calibrate")(calibrate.calibrate)
+app.command("plan")(plan.plan)
 app.command("quantize")(quantize.quantize)
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(bench.app, name="bench")

@@ -26,6 +26,26 @@ Dataset = Annotated[
 Samples = Annotated[int | None, typer.Option("--samples", help="Calibration sequences (the recipes say 128).")]
 SequenceLength = Annotated[int | None, typer.Option("--sequence-length", help="Tokens in each of them.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Which sequences are drawn.")]
+BitsPerWeight = Annotated[
+    float | None,
+    typer.Option("--bits-per-weight", metavar="BITS", help="Budget: stored bits per weight of the blocks."),
+]
+Memory = Annotated[
+    str | None, typer.Option("--memory", metavar="SIZE", help="Budget: size of the checkpoint, such as 10GiB.")
+]
+MaxKLD = Annotated[
+    float | None, typer.Option("--max-kld", metavar="NATS", help="Budget: predicted KL divergence; fewest bytes.")
+]
+Latency = Annotated[
+    float | None, typer.Option("--latency", metavar="MICROSECONDS", help="Budget: all products together, by --costs.")
+]
+Costs = Annotated[
+    str | None, typer.Option("--costs", metavar="FILE", help="Times of products, by `atom bench gemm --json`.")
+]
+Candidates = Annotated[
+    list[str] | None,
+    typer.Option("--candidate", metavar="SCHEME", help="What a budget may choose (repeat it): w4a8, w4a8-o64, w16a16."),
+]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one).")]
 
 
@@ -44,7 +64,13 @@ def resolve(recipe: str, **changes: Any) -> Any:
         changes["clip"] = _number(clip)
     resolved = override(loaded, **changes)
     before, after = _flat(loaded.resolved()), _flat(resolved.resolved())
-    changed = [f"{key} {after[key]} (recipe: {before[key]})" for key in after if before.get(key) != after[key]]
+    same = before.keys() & after.keys() - {"select"}
+    changed = [
+        f"{key} {after[key]} (recipe: {before[key]})" for key in after if key in same and before[key] != after[key]
+    ]
+    if resolved.select is not None and resolved.select != loaded.select:
+        name, budget = resolved.select.budget
+        changed.append(f"select.{name} {budget:g}")
     console.note(f"recipe {loaded.name}" + (f" with {', '.join(changed)}" if changed else ""))
     return resolved
 

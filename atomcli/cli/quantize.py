@@ -34,6 +34,13 @@ def quantize(
     samples: options.Samples = None,
     sequence_length: options.SequenceLength = None,
     seed: options.Seed = None,
+    bits_per_weight: options.BitsPerWeight = None,
+    memory: options.Memory = None,
+    max_kld: options.MaxKLD = None,
+    latency: options.Latency = None,
+    costs: options.Costs = None,
+    candidate: options.Candidates = None,
+    plan: Annotated[Path | None, typer.Option("--plan", metavar="FILE", help="What `atom plan -o` wrote.")] = None,
     device: options.Device = None,
     force: Annotated[
         bool,
@@ -57,6 +64,12 @@ def quantize(
         samples=samples,
         sequence_length=sequence_length,
         seed=seed,
+        bits_per_weight=bits_per_weight,
+        memory=memory,
+        max_kld=max_kld,
+        latency=latency,
+        costs=costs,
+        candidates=candidate,
     )
     from atomcli.checkpoint.writer import refuse_occupied
 
@@ -75,7 +88,14 @@ def quantize(
     console.after_interruption = "finished blocks are kept: the same command continues after them"
     with Progress() as progress:
         report = compress(
-            source, resolved, out, calibration=calibration, device=device, progress=progress, overwrite=force
+            source,
+            resolved,
+            out,
+            calibration=calibration,
+            device=device,
+            progress=progress,
+            overwrite=force,
+            plan_file=plan,
         )
     took = time.monotonic() - started
     _say_result(model, out, report, took)
@@ -105,6 +125,9 @@ def _say_result(model: str, out: Path, report: dict[str, Any], took: float) -> N
         f"{out}: {len(contents.layers)} layers at {contents.bits_per_weight:.2f} bits per weight, "
         f"{byte_count(contents.bytes)} in all, verified",
     )
+    if report.get("plan"):
+        expected, measured = report["plan"]["kld"], report["proof"]["kld"]
+        console.note(f"KLD {measured:.4f} on {report['proof']['tokens']} tokens; the plan predicted {expected:.4f}")
     console.note(f"took {duration(took)}; next:")
     for line in next_commands:
         console.note(f"  {line}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from atomcli.algorithms.allocation import Allocation, OutOfReach, Table, allocate, cost_range, frontier
+from atomcli.algorithms.allocation import OutOfReach, Table, allocate, cost_range, frontier
 from atomcli.algorithms.sensitivity import Sensitivities
 from atomcli.checkpoint.files import read_json
 from atomcli.errors import InputError, UsageError
@@ -97,27 +97,40 @@ def choose(recipe: Recipe, walk: Walk, groups: Sequence[Group], sensitivities: S
         if name == "max_kld":
             rest = sensitivities.floor
             best = allocate(sizes.table, losses, budget - rest)
-            best = Allocation(best.choice, best.cost, best.loss)
         else:
             costs, limit, rest = _costs(recipe, walk, groups)
             best = allocate(losses, costs, limit)
     except OutOfReach as refused:
         raise _refusal(recipe, walk, groups, refused.nearest + rest) from refused
+    return plan_of(walk, groups, best.choice, sizes, sensitivities, {name: budget})
+
+
+def plan_of(
+    walk: Walk,
+    groups: Sequence[Group],
+    choice: Sequence[int],
+    sizes: Sizes,
+    sensitivities: Sensitivities,
+    budget: dict[str, float] | None = None,
+) -> Plan:
+    """The plan in which each group takes the candidate with the index in `choice`, and what is expected of it."""
     schemes: dict[str, Scheme | None] = {}
     chosen: dict[str, str] = {}
-    for group, index in zip(groups, best.choice, strict=True):
+    for group, index in zip(groups, choice, strict=True):
         title, scheme = list(group.candidates.items())[index]
         schemes |= {full_name(group.index, linear): scheme for linear in group.linears}
         chosen[group.title] = title
-    group_bytes = sum(row[index] for row, index in zip(sizes.table, best.choice, strict=True))
+    group_bytes = sum(row[index] for row, index in zip(sizes.table, choice, strict=True))
+    losses = loss_table(groups, sensitivities)
+    loss = sum(row[index] for row, index in zip(losses, choice, strict=True))
     prediction: dict[str, Any] = {
-        "budget": {name: budget},
-        "kld": best.loss + sensitivities.floor,
+        "budget": budget,
+        "kld": loss + sensitivities.floor,
         "bytes": int(group_bytes) + sizes.rest,
         "bits_per_weight": sizes.bits_per_weight(group_bytes),
         "groups": chosen,
     }
-    # In the order of the uniform plan, so that equal plans are equal files.
+    # In the order of the model, so that equal plans are equal files.
     return Plan(_in_order(walk, schemes), prediction)
 
 

@@ -8,6 +8,7 @@ import pytest
 
 COMMANDS = [
     [],
+    ["plan"],
     ["quantize"],
     ["calibrate"],
     ["eval"],

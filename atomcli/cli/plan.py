@@ -1,0 +1,212 @@
+"""`atom plan`: which scheme each layer would get, what the model would weigh and lose, before it is made."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from atomcli.cli import log, options
+from atomcli.cli.command import command
+from atomcli.cli.console import Table, byte_count, console
+from atomcli.errors import UsageError
+
+if TYPE_CHECKING:
+    from atomcli.pipeline.budget import Point
+    from atomcli.pipeline.select import Group, Plan
+
+
+@command
+def plan(
+    model: options.Model,
+    recipe: options.RecipeOption = "atom-w4a4",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Save the plan for `atom quantize --plan`.")
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option("--calibration", metavar="DIR", help="What `atom calibrate` wrote; sensitivities are kept there."),
+    ] = None,
+    bits_per_weight: options.BitsPerWeight = None,
+    memory: options.Memory = None,
+    max_kld: options.MaxKLD = None,
+    latency: options.Latency = None,
+    costs: options.Costs = None,
+    candidate: options.Candidates = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="PNG", help="Draw the frontier (needs matplotlib).")
+    ] = None,
+    bits: options.Bits = None,
+    group: options.Group = None,
+    outliers: options.Outliers = None,
+    kv_cache: options.KVCache = None,
+    rounding: options.Rounding = None,
+    clip: options.Clip = None,
+    transform: options.Transform = None,
+    dataset: options.Dataset = None,
+    samples: options.Samples = None,
+    sequence_length: options.SequenceLength = None,
+    seed: options.Seed = None,
+    device: options.Device = None,
+) -> None:
+    """Show what a recipe or a budget would make of a model.
+
+    With a budget, sensitivities are measured on calibration text and kept, so that the next plan is free. Without a
+    budget and without --calibration only sizes are shown.
+    """
+    resolved = options.resolve(
+        recipe,
+        bits=bits,
+        group=group,
+        outliers=outliers,
+        kv_cache=kv_cache,
+        rounding=rounding,
+        clip=clip,
+        transform=transform,
+        dataset=dataset,
+        samples=samples,
+        sequence_length=sequence_length,
+        seed=seed,
+        bits_per_weight=bits_per_weight,
+        memory=memory,
+        max_kld=max_kld,
+        latency=latency,
+        costs=costs,
+        candidates=candidate,
+    )
+    if plot is not None:
+        if resolved.select is None and calibration is None:
+            raise UsageError(
+                "--plot draws the frontier, which needs sensitivities", "give a budget or --calibration DIR"
+            )
+        _refuse_without_matplotlib()
+    log.to_file("plan")
+    from atomcli.checkpoint.source import open_source
+    from atomcli.pipeline import budget
+    from atomcli.pipeline.model import start_walk
+    from atomcli.pipeline.select import groups_of, save_plan, select, uniform
+
+    source = open_source(model)
+    walk = start_walk(source, device)
+    groups = groups_of(resolved, walk)
+    budget.refuse_out_of_reach(resolved, walk, groups)
+    points: list[Point] = []
+    if resolved.select is None and calibration is None:
+        made = uniform(resolved, walk)
+        size, bits_now = budget.plan_bytes(walk, groups, made, resolved.transform_seed is not None)
+        prediction: dict[str, Any] = {"bytes": size, "bits_per_weight": bits_now, "kld": None}
+    else:
+        found = _sensitivities(walk, resolved, calibration or options.default_output(model, "calibration"), groups)
+        if resolved.select is not None:
+            made = select(resolved, walk, found)
+        else:
+            sizes = budget.sizes_of(walk, groups, resolved.transform_seed is not None)
+            made = budget.plan_of(walk, groups, [0] * len(groups), sizes, found)
+        prediction = dict(made.prediction or {})
+        points = budget.frontier_of(resolved, walk, groups, found)
+    if output is not None:
+        save_plan(made, resolved, walk, output)
+    if plot is not None:
+        _draw(points, prediction, plot)
+    _say(model, made, groups, prediction, points)
+    if output is not None:
+        console.note(f"next: atom quantize {model} --recipe {recipe} --plan {output}")
+
+
+def _sensitivities(walk: Any, recipe: Any, directory: Path, groups: Sequence["Group"]) -> Any:
+    """From the artifact in `directory`, which is made when it isn't there."""
+    from atomcli.cli.progress import Progress
+    from atomcli.pipeline.calibrate import SETTINGS, calibrate, open_calibration
+    from atomcli.pipeline.sensitivities import sensitivities_of
+
+    console.after_interruption = "the same command resumes the calibration"
+    with Progress() as progress:
+        if (directory / SETTINGS).is_file():
+            artifact = open_calibration(directory, walk.source)
+            if artifact.identity["calibration"] != recipe.calibration.model_dump(mode="json"):
+                console.warn(f"the text that {directory} was made with counts, not the recipe's")
+        else:
+            artifact = calibrate(walk.source, recipe, directory, device=walk.device, progress=progress)
+            console.note(f"calibration in {directory}: --calibration {directory} uses it again")
+        return sensitivities_of(walk, recipe, artifact, groups, progress)
+
+
+def _say(
+    model: str, made: "Plan", groups: Sequence["Group"], prediction: dict[str, Any], points: Sequence["Point"]
+) -> None:
+    from atomcli.pipeline.model import full_name
+
+    names = made.names()
+
+    def called(group: "Group") -> str:
+        scheme = made.schemes[full_name(group.index, group.linears[0])]
+        return "16 bits" if scheme is None else names[scheme]
+
+    blocks: dict[tuple[str, str], list[int]] = {}
+    for group in groups:
+        blocks.setdefault((group.name, called(group)), []).append(group.index)
+    table = Table(["linears", "scheme", ">count", "blocks"])
+    for (linears, scheme), indices in sorted(blocks.items(), key=lambda item: (_ORDER.index(item[0][0]), item[0][1])):
+        table.add(linears, scheme, len(indices), _ranges(indices))
+    parts: list[str | Table] = [
+        table,
+        "",
+        f"bits per weight  {prediction['bits_per_weight']:.3f}",
+        f"bytes            {byte_count(prediction['bytes'])}",
+    ]
+    if prediction["kld"] is not None:
+        parts.append(f"predicted KLD    {prediction['kld']:.4f} nats")
+    if points:
+        curve = Table([">bits/weight", ">bytes", ">predicted KLD"])
+        for point in points:
+            curve.add(f"{point.bits_per_weight:.3f}", byte_count(point.bytes), f"{point.kld:.4f}")
+        parts += ["", "the best that each size allows:", curve]
+    document = {
+        "model": model,
+        **prediction,
+        "linears": {name: None if scheme is None else names[scheme] for name, scheme in made.schemes.items()},
+        "frontier": [vars(point) for point in points],
+    }
+    console.result(document, *parts)
+
+
+_ORDER = ("qkv", "o", "gate_up", "down", "experts")
+
+
+def _ranges(indices: Sequence[int]) -> str:
+    """Blocks in short: `0–3, 7, 9–11`."""
+    runs: list[list[int]] = []
+    for index in sorted(indices):
+        if runs and runs[-1][-1] == index - 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
+
+
+def _refuse_without_matplotlib() -> None:
+    from importlib.util import find_spec
+
+    if find_spec("matplotlib") is None:
+        raise UsageError("--plot needs matplotlib, which is not installed", "pip install 'atomcli[plot]'")
+
+
+def _draw(points: Sequence["Point"], prediction: dict[str, Any], path: Path) -> None:
+    """The frontier and the plan on it, KLD over bits per weight."""
+    from matplotlib.figure import Figure
+
+    from atomcli.errors import RunError
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([p.bits_per_weight for p in points], [p.kld for p in points], marker=".", label="the best at each size")
+    axes.plot(prediction["bits_per_weight"], prediction["kld"], marker="o", linestyle="none", label="this plan")
+    axes.set(xlabel="stored bits per weight", ylabel="predicted KL divergence (nats)")
+    axes.set_yscale("log")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} can't be written: {error}") from error
+    console.note(f"plot: {path}")

@@ -39,6 +39,7 @@ constexpr bool overlaps = false;
 #else
 constexpr bool overlaps = true;  // this kernel may start before the previous one has ended
 #endif
+constexpr bool weight_ahead = overlaps && channels_per_lane == 4;  // with many tokens occupancy is worth more
 constexpr bool ahead = overlaps && has_table && !in_passes && blocks_per_lane * channels_per_lane <= 16;  // indices fit into registers
 constexpr int block_channels = 128;
 constexpr int lanes_per_block = block_channels / channels_per_lane;
@@ -107,7 +108,7 @@ __device__ __forceinline__ void stage_row(Input* row, Shared& shared, const Inpu
     for (int channel = threadIdx.x * stage_width; channel < channels; channel += blockDim.x * stage_width) {
       StageChunk chunk = *reinterpret_cast<StageChunk*>(row + channel);
       StageChunk weight = first_weight;
-      if (!overlaps || channel >= blockDim.x * stage_width) weight = *reinterpret_cast<const StageChunk*>(norm_weight + channel);
+      if (!weight_ahead || channel >= blockDim.x * stage_width) weight = *reinterpret_cast<const StageChunk*>(norm_weight + channel);
 #pragma unroll
       for (int i = 0; i < stage_width; i++) {
         float value = to_float(chunk.values[i]) * inverse, scale = to_float(weight.values[i]);
@@ -417,7 +418,7 @@ quantize_activations(const Input* x, const Input* other, const Input* norm_weigh
   }
   StageChunk first_weight;  // of the norm
   int first = threadIdx.x * stage_width;
-  if (overlaps && has_norm && first < channels) first_weight = *reinterpret_cast<const StageChunk*>(norm_weight + first);
+  if (weight_ahead && has_norm && first < channels) first_weight = *reinterpret_cast<const StageChunk*>(norm_weight + first);
   wait_for_previous_kernel();
   if (token < tokens) {
     size_t offset = (size_t)token * channels;

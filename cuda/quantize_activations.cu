@@ -47,6 +47,7 @@ constexpr int groups_per_block = block_channels / group;
 constexpr unsigned all_lanes = 0xFFFFFFFFu;
 constexpr Index sign_bit = (Index)(1u << (8 * sizeof(Index) - 1));
 constexpr float grid_high = element == INT4 ? 7.0f : element == INT8 ? 127.0f : 6.0f;
+constexpr float grid_low = element == INT4 ? -8.0f : -grid_high;  // a clipped range reaches beyond -7
 constexpr float int8_high = 127.0f;
 
 // What one CTA shares. The row follows it; row[channels] is a zero that padding channels gather.
@@ -276,7 +277,7 @@ __device__ __forceinline__ unsigned code_of(float ratio) {
     unsigned code = e2m1_code(ratio);
     return container == E4M3 ? e4m3_of_e2m1(code) : code;
   }
-  int code = nearest(ratio, -grid_high, grid_high);
+  int code = nearest(ratio, grid_low, grid_high);
   return container == E4M3 ? e4m3_of_integer(code) : (unsigned)code;
 }
 
@@ -310,7 +311,7 @@ __device__ __forceinline__ void encode_body(unsigned (&codes)[channels_per_lane]
     float inverse = __frcp_rn(multiplier);
 #pragma unroll
     for (int i = 0; i < channels_per_lane; i++)
-      codes[i] = (unsigned)((int)multiplier * nearest(__fmul_rn(__fmul_rn(values[i], token_inverse), inverse), -7.0f, 7.0f));
+      codes[i] = (unsigned)((int)multiplier * nearest(__fmul_rn(__fmul_rn(values[i], token_inverse), inverse), grid_low, grid_high));
   } else if (scales == TWO_LEVEL_ASYMMETRIC) {
     float low = __fmul_rn(__fmul_rn(range.low, factors.clip), token_inverse);
     float high = __fmul_rn(__fmul_rn(range.high, factors.clip), token_inverse);

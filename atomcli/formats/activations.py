@@ -14,7 +14,7 @@ from atomcli.formats import grids, scales
 from atomcli.formats.groups import expand, split
 from atomcli.formats.scheme import ActivationFormat, Scheme
 
-# Two-level activations: x8 = m * q (+ b) fills the INT8 range. Symmetric: 15 * 7 = 105; asymmetric: 17 * 15 = 255.
+# Two-level activations fill INT8 with x8 = m * q (+ b): symmetric -120...105, asymmetric 17 * 15 = 255 steps.
 _SYMMETRIC_RANGE = 15 * 7
 _MAX_ASYMMETRIC_MULTIPLIER = 17
 
@@ -117,9 +117,9 @@ def _two_level_symmetric(x: Tensor, format: ActivationFormat) -> QuantizedActiva
     absmax = split(x, format.group).abs().amax(dim=-1)
     token_scale = absmax.amax(dim=1) * (format.clip / _SYMMETRIC_RANGE)
     inverse = grids.reciprocal(token_scale)[:, None]
-    multipliers = (absmax * inverse * (format.clip / grids.INT4.high)).round().clamp(1, scales.MAX_MULTIPLIER)
+    multipliers = (absmax * inverse * (format.clip / format.grid.high)).round().clamp(1, scales.MAX_MULTIPLIER)
     ratio = x * inverse * expand(1.0 / multipliers, x.shape[1], format.group)
-    codes = grids.encode(ratio, grids.INT4)
+    codes = grids.encode(ratio, format.grid)
     return QuantizedActivations(format, codes, token_scale=token_scale, multipliers=multipliers.to(torch.int8))
 
 
@@ -135,7 +135,7 @@ def _two_level_asymmetric(x: Tensor, format: ActivationFormat) -> QuantizedActiv
     offsets = torch.minimum(offsets, 127 - 15 * multipliers)
     body, group = x.shape[1], format.group
     ratio = (x * inverse - expand(offsets, body, group)) * expand(1.0 / multipliers, body, group)
-    codes = grids.encode(ratio, grids.UINT4)
+    codes = grids.encode(ratio, format.grid)
     return QuantizedActivations(
         format,
         codes,

@@ -23,8 +23,8 @@ class Grid:
     high: float
 
 
-INT4 = Grid("int4", 4, -7, 7)  # symmetric: absmax maps to 7, -8 is never produced
-INT4_FULL = Grid("int4", 4, -8, 7)  # with signed scales: the largest element maps to -8
+INT4 = Grid("int4", 4, -7, 7)  # weights with positive scales: absmax maps to 7
+INT4_FULL = Grid("int4", 4, -8, 7)  # signed scales map the largest element to -8; clipped activations reach below -7
 UINT4 = Grid("int4", 4, 0, 15)  # asymmetric: offset carries the minimum
 INT8 = Grid("int8", 8, -127, 127)
 E2M1 = Grid("e2m1", 4, -6, 6)

@@ -82,7 +82,7 @@ class ActivationFormat:
     def grid(self) -> grids.Grid:
         """The grid of the codes."""
         if self.element == "int4":
-            return grids.INT4 if self.symmetric else grids.UINT4
+            return grids.INT4_FULL if self.symmetric else grids.UINT4
         return grids.INT8 if self.element == "int8" else grids.E2M1
 
 

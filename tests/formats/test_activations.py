@@ -57,7 +57,7 @@ def test_two_level_operands_are_exact_int8(symmetric: bool) -> None:
     if quantized.offsets is not None:
         wide = wide + quantized.offsets.repeat_interleave(128, 1)[:, :448].int()
     assert torch.equal(wide, quantized.integers().int())
-    low, high = (-7, 7) if symmetric else (0, 15)
+    low, high = (-8, 7) if symmetric else (0, 15)
     assert quantized.codes.amin() >= low
     assert quantized.codes.amax() <= high
 
@@ -87,6 +87,12 @@ def test_scales_are_rounded_before_codes_are_taken() -> None:
     quantized = quantize_activations(x, _scheme(FORMATS["int4 fp16"]))
     assert quantized.group_scales is not None
     assert quantized.group_scales.dtype == torch.float16
-    nearest = (x / quantized.group_scales.float()).round().clamp(-7, 7)
+    nearest = (x / quantized.group_scales.float()).round().clamp(-8, 7)
     assert (nearest - quantized.codes).abs().max() <= 1  # the reciprocal may move an exact tie
     assert (nearest != quantized.codes).float().mean() < 1e-3
+
+
+def test_clipped_int4_uses_all_sixteen_codes() -> None:
+    x = torch.linspace(-1, 1, 128)[None]
+    codes = quantize_activations(x, _scheme(ActivationFormat("int4", 128, "fp16", clip=0.85))).codes
+    assert (codes.amin(), codes.amax()) == (-8, 7)

@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from atomcli.errors import UsageError
-from atomcli.formats.scheme import ActivationFormat, KVFormat, Scheme, WeightFormat
-from atomcli.recipe import load_recipe, override, parse_recipe, shipped_recipes
+from atomcli.formats.scheme import ActivationFormat, KVFormat, Scheme, WeightFormat, scheme_named
+from atomcli.recipe import load_recipe, override, parse_recipe, shipped_recipes, size_in_bytes
 
 SHIPPED = {
     "atom-paper", "atom-w4a4", "rtn-w4a4", "atom-best", "atom-w4a8", "w8a8", "w4a16", "fp4", "mxfp4", "nvfp4",
@@ -71,6 +71,17 @@ def test_rules_first_match_wins():
         ({"rules": [{"match": "x"}]}, "a rule says either keep: true or scheme"),
         ({"kv_cache": {"format": "int4", "hadamard": True, "position": "before_rope"}}, "after_rope"),
         ({"activations": {"symmetric": False}}, "two_level"),
+        (
+            {"select": {"candidates": ["w4a8"]}},
+            "select: needs exactly one of bits_per_weight, memory, max_kld, latency",
+        ),
+        ({"select": {"memory": "1GB", "max_kld": 0.1}}, "it has memory and max_kld"),
+        ({"select": {"memory": "much"}}, "select.memory is 'much': must be a number of bytes"),
+        ({"select": {"max_kld": 0.1, "candidates": ["w4a7"]}}, "did you mean w4a[48]"),
+        ({"select": {"latency": 10}}, "latency needs costs"),
+        ({"select": {"bits": 4}}, "unknown key select.bits; .*did you mean bits_per_weight"),
+        ({"weights": {"damping_rule": "relativ"}}, "did you mean relative"),
+        ({"transform_seed": 1}, "transform_seed draws the signs of a Hadamard, but transform is none"),
     ],
 )
 def test_a_wrong_recipe_is_one_sentence(data, message):
@@ -118,3 +129,31 @@ def test_more_outliers_than_channels_is_refused():
     recipe = override(load_recipe("atom-w4a4"), outliers=600)
     with pytest.raises(UsageError, match=r"600, but model\.layers\.0\.self_attn\.q_proj has only 576"):
         recipe.scheme_for("model.layers.0.self_attn.q_proj", 576)
+
+
+def test_sizes():
+    assert size_in_bytes(12) == 12
+    assert size_in_bytes("10GiB") == 10 * 2**30
+    assert size_in_bytes("1.5 MB") == 1_500_000
+    assert size_in_bytes("2KiB") == 2048
+    assert [size_in_bytes(each) for each in ("", "GB", "10 elephants", -3, 0)] == [0] * 5
+
+
+def test_candidates_of_a_selection():
+    recipe = override(load_recipe("atom-w4a8"), bits_per_weight=4.5)
+    assert recipe.select is not None
+    assert recipe.select.budget == ("bits_per_weight", 4.5)
+    names = list(recipe.candidates())
+    assert names == ["w4a8-2l-g128-o128-had", "w4a8-2l-g128-o64-had", "w4a8-2l-g128-had", "w8a8", "w16a16"]
+    assert recipe.candidates()["w16a16"] is None
+    named = override(recipe, memory="10GiB", candidates=["w4a4-g64-o32", "nvfp4"])
+    assert [scheme.name for scheme in named.candidates().values()] == ["w4a4-2l-asym-g64-o32-had", "nvfp4-w4a4-g16"]
+    assert named.select.budget == ("memory", 10.0 * 2**30)
+    with pytest.raises(UsageError, match="needs a budget"):
+        override(load_recipe("atom-w4a8"), candidates=["w4a4"])
+
+
+@pytest.mark.parametrize("name", ["w4a9", "w8a8-g64", "w4a4-g100", "-o8", "w4a8-o"])
+def test_variants_that_no_scheme_has(name):
+    with pytest.raises(UsageError):
+        scheme_named(name)

@@ -20,23 +20,24 @@ from atomcli.resources import resource_directory
 HOST = Path(__file__).parent / "host"
 COMPILER = shutil.which("g++")
 # No contraction: the device code says where it wants an FMA.
-OPTIONS = (
-    "-std=c++20",
-    "-O1",
-    "-w",
-    "-shared",
-    "-fPIC",
-    "-ffp-contract=off",
-    "-include",
-    "cuda_on_host.h",
-    f"-I{HOST}",
-)
+OPTIONS = ("-std=c++20", "-O1", "-w", "-fPIC", "-ffp-contract=off")
+
+
+@functools.cache
+def _precompiled() -> tempfile.TemporaryDirectory[str]:
+    """The emulator's header, parsed once for all kernels."""
+    folder = tempfile.TemporaryDirectory(prefix="atom-emulator-")
+    shutil.copy(HOST / "cuda_on_host.h", folder.name)
+    header = Path(folder.name) / "cuda_on_host.h"
+    subprocess.run([COMPILER, *OPTIONS, "-x", "c++-header", "-o", f"{header}.gch", header], check=True)
+    return folder
 
 
 @functools.cache
 def _build(file: str, entry: str, defines: tuple[tuple[str, int | str], ...]) -> ctypes.CDLL:
     sources = {path.name: path.read_text() for path in resource_directory("cuda").glob("*.cu*")}
-    sources |= {path.name: path.read_text() for path in HOST.iterdir()}  # in place of instructions of one architecture
+    # In place of headers whose instructions belong to one architecture.
+    sources |= {path.name: path.read_text() for path in HOST.glob("*.cuh")}
     # The block's dynamic shared memory is an array of the emulator.
     sources = {name: re.sub(r"extern __shared__[^;]*shared_bytes\[\];", "", text) for name, text in sources.items()}
     with tempfile.TemporaryDirectory(prefix="atom-emulator-") as folder:
@@ -49,7 +50,8 @@ def _build(file: str, entry: str, defines: tuple[tuple[str, int | str], ...]) ->
         )
         library = Path(folder) / f"lib{hashlib.sha256(repr(defines).encode()).hexdigest()[:16]}.so"
         macros = [f"-D{name}={value}" for name, value in defines]
-        subprocess.run([COMPILER, *OPTIONS, *macros, "-o", library, main], check=True, cwd=folder)
+        include = ("-shared", "-include", str(Path(_precompiled().name) / "cuda_on_host.h"))
+        subprocess.run([COMPILER, *OPTIONS, *include, *macros, "-o", library, main], check=True, cwd=folder)
         return ctypes.CDLL(str(library))
 
 

@@ -79,7 +79,7 @@ def test_rules_first_match_wins():
         ({"select": {"memory": "much"}}, "select.memory is 'much': must be a number of bytes"),
         ({"select": {"max_kld": 0.1, "candidates": ["w4a7"]}}, "did you mean w4a[48]"),
         ({"select": {"latency": 10}}, "latency needs costs"),
-        ({"select": {"bits": 4}}, "unknown key select.bits; .*did you mean bits_per_weight"),
+        ({"select": {"bits_per_weigth": 4}}, "unknown key select.bits_per_weigth; .*did you mean bits_per_weight"),
         ({"weights": {"damping_rule": "relativ"}}, "did you mean relative"),
         ({"transform_seed": 1}, "transform_seed draws the signs of a Hadamard, but transform is none"),
     ],

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from atomcli.benchmarks.report import Measure, Row, measure
-from atomcli.errors import UnsupportedError
+from atomcli.errors import AtomError, UnsupportedError
 from atomcli.formats.layout import InputLayout
 from atomcli.formats.scheme import SCHEMES, Scheme
 from atomcli.kernels import dispatch, gemm, layouts, quantize, timing, tune
@@ -73,7 +73,7 @@ def _case(
             times[contender.name] = measure(
                 timing.graph_times(contender.build(out_features, in_features, tokens, copies), repeats), "µs"
             )
-        except (RuntimeError, ImportError, AttributeError, TypeError, ValueError) as error:
+        except (AtomError, RuntimeError, ImportError, AttributeError, TypeError, ValueError) as error:
             notes[contender.name] = str(error).splitlines()[0] if str(error) else type(error).__name__
     best_peer = min((time.median for name, time in times.items() if name not in ours), default=None)
     operations = 2.0 * out_features * in_features * tokens
@@ -130,7 +130,7 @@ def _ours(scheme: Scheme) -> list[Contender]:
 def _products(
     scheme: Scheme, out_features: int, in_features: int, tokens: int, copies: int, fused: bool
 ) -> list[Product]:
-    reason = dispatch.gemm_reason(scheme, torch.device("cuda"))
+    reason = dispatch.choose(scheme, "cuda", in_features).reason or layouts.scheme_reason(scheme)
     if reason:
         raise UnsupportedError(reason)
     kernel_layout = quantize.prepare_layout(_layout(scheme, in_features), "cuda")

@@ -1,13 +1,24 @@
-"""Which kernel serves which scheme on which card, decided in one place, with the reason where none does."""
+"""Which kernel serves which scheme on which card, decided in one place, with the reason where none does.
 
+`choose` answers for a scheme, `prepare` builds the product of one layer: its weight repacked for the kernel that was
+chosen, and how its input is to be quantized.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 
 import torch
+from torch import Tensor
 
-from atomcli.errors import AtomError
+from atomcli.errors import AtomError, UnsupportedError
+from atomcli.formats.layout import InputLayout
 from atomcli.formats.scheme import SCHEMES, Scheme
-from atomcli.kernels import compiler, quantize
-from atomcli.kernels.layouts import BLOCK
+from atomcli.formats.weights import QuantizedWeight
+from atomcli.kernels import compiler, gemm, group_gemm, layouts, quantize, warp_gemm
+from atomcli.kernels.group_layouts import pack_groups
+
+ARCHITECTURES = ("80", "86", "89", "90a", "100a", "120a")
 
 
 @dataclass(frozen=True)
@@ -20,34 +31,34 @@ class Choice:
 
 def choose(scheme: Scheme, device: torch.device | str, in_features: int = 4096) -> Choice:
     """What runs a linear layer of `in_features` channels in `scheme` on `device`."""
-    device = torch.device(device)
-    reason = gemm_reason(scheme, device) or quantize.why_not(scheme, in_features)
+    return _choose(scheme, torch.device(device), in_features)
+
+
+@cache
+def _choose(scheme: Scheme, device: torch.device, in_features: int) -> Choice:
+    reason = machine_reason(device) or quantize.why_not(scheme, in_features)
     if reason is None and scheme.body(in_features) < 1:
         reason = "the layer has outlier channels only"
-    if reason:
-        return Choice(None, reason)
-    return Choice(f"gemm_w{scheme.weights.grid.bits}_sm90a", None)
+    return Choice(None, reason) if reason else choose_for(scheme, compiler.architecture(device))
 
 
-def gemm_reason(scheme: Scheme, device: torch.device) -> str | None:
-    """Why no GEMM kernel takes `scheme` on `device`, or None."""
-    weights, activations = scheme.weights, scheme.activations
-    machine = machine_reason(device)
-    if machine:
-        return machine
-    if weights.element == "float" or activations.element == "float":
-        return "weights or activations stay in 16 bits"
-    if weights.element == "int4" and (weights.scale, weights.group) not in (("two_level", BLOCK), ("row", None)):
-        return f"the integer GEMM needs two-level weight scales of {BLOCK} channels or row scales"
-    if weights.element == "int8" and weights.scale != "row":
-        return "the integer GEMM needs row scales for INT8 weights"
-    if weights.element not in ("int4", "int8") or activations.element not in ("int4", "int8"):
-        return "the integer GEMM takes INT4 and INT8 only"
-    if activations.scale not in ("two_level", "row"):
-        return "the integer GEMM needs two-level or per-token activation scales"
-    if scheme.outliers > BLOCK:
-        return f"the integer GEMM takes at most {BLOCK} outlier channels"
-    return None
+def choose_for(scheme: Scheme, arch: str) -> Choice:
+    """The GEMM for `scheme` on `arch`: on integers where all scales are outside the sums, else one with group scales."""
+    if arch not in ARCHITECTURES:
+        return Choice(None, f"the kernels are built for sm_{', '.join(ARCHITECTURES)}, not for sm_{arch}")
+    if "float" in (scheme.weights.element, scheme.activations.element):
+        return Choice(None, "weights or activations stay in 16 bits")
+    integer_reason = layouts.scheme_reason(scheme)
+    if integer_reason is None:
+        bits = scheme.weights.grid.bits
+        return Choice(f"gemm_w{bits}_sm90a" if arch == "90a" else "gemm_w4_sm80", None)
+    group_reason = group_gemm.why_not(scheme, arch)
+    if group_reason is None:
+        return Choice(
+            "gemm_groups_sm90a" if arch == "90a" else group_gemm.nibble_kernel(scheme)[0].removesuffix(".cu"), None
+        )
+    float_scales = scheme.weights.scale in group_gemm.WEIGHT_SCALES
+    return Choice(None, group_reason if float_scales else integer_reason)
 
 
 def machine_reason(device: torch.device) -> str | None:
@@ -55,8 +66,9 @@ def machine_reason(device: torch.device) -> str | None:
     if device.type != "cuda" or not torch.cuda.is_available():
         return "no CUDA device: the reference runs"
     arch = compiler.architecture(device)
-    if arch != "90a":
-        return f"{torch.cuda.get_device_name(device)} is sm_{arch}; the integer GEMM is built for sm_90a"
+    if arch not in ARCHITECTURES:
+        name = torch.cuda.get_device_name(device)
+        return f"{name} is sm_{arch}; the kernels are built for sm_{', '.join(ARCHITECTURES)}"
     try:
         compiler.require_compiler()
     except AtomError as error:
@@ -67,3 +79,43 @@ def machine_reason(device: torch.device) -> str | None:
 def table(device: torch.device | str) -> dict[str, Choice]:
     """Every named scheme and what runs it on `device`; `atom doctor` prints it."""
     return {name: choose(scheme, device) for name, scheme in SCHEMES.items()}
+
+
+@dataclass(frozen=True)
+class Product:
+    """y = x W^T of one layer on its kernel. Layers that read the same input alike may share its operand."""
+
+    kernel: str
+    scheme: Scheme
+    layout: quantize.KernelLayout
+    container: quantize.Container
+    multiply: Callable[[quantize.Operand, int, torch.dtype, Tensor | None], Tensor]
+
+    def quantize(self, x: Tensor) -> quantize.Operand:
+        """The operand of x (tokens, in_features) fp32, fp16 or bf16."""
+        return quantize.quantize(x, self.scheme, self.layout, self.container)
+
+
+def prepare(weight: QuantizedWeight, layout: InputLayout) -> Product:
+    """The product of a weight on the device it lies on; UnsupportedError says why there is none."""
+    device, scheme = weight.codes.device, weight.scheme
+    choice = choose(scheme, device, weight.shape[1])
+    if choice.kernel is None:
+        raise UnsupportedError(f"No kernel serves scheme {scheme.name} on {device}: {choice.reason}.")
+    kernel_layout = quantize.prepare_layout(layout, device)
+    if layouts.scheme_reason(scheme) is None:
+        packed = layouts.prepare_weight(weight)
+        linear = gemm.linear if choice.kernel.endswith("sm90a") else warp_gemm.linear
+        return Product(choice.kernel, scheme, kernel_layout, "s8", _with_weight(linear, packed))
+    codes = group_gemm.codes_for(compiler.architecture(device))
+    groups = pack_groups(weight, codes)
+    container: quantize.Container = "e4m3" if codes == "e4m3" else "nibble"
+    return Product(choice.kernel, scheme, kernel_layout, container, _with_weight(partial(_groups, scheme), groups))
+
+
+def _with_weight(linear, weight):  # type: ignore[no-untyped-def]
+    return lambda operand, tokens, dtype, bias: linear(operand, weight, tokens, dtype, bias)
+
+
+def _groups(scheme: Scheme, operand, weight, tokens, dtype, bias):  # type: ignore[no-untyped-def]
+    return group_gemm.linear(operand, weight, scheme, tokens, dtype, bias)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from atomcli.errors import UnsupportedError
+from atomcli.formats.scheme import Scheme
 from atomcli.formats.weights import QuantizedWeight
 
 BLOCK = 128
@@ -34,27 +35,28 @@ class GemmWeight:
     outlier_row_scale: Tensor | None = None
 
 
-def why_not(weight: QuantizedWeight) -> str | None:
-    """The reason why the integer GEMM can't take a weight, or None if it can."""
-    format = weight.scheme.weights
-    if format.element == "int4" and (format.scale, format.group) not in (("two_level", BLOCK), ("row", None)):
-        return f"INT4 weights need two-level scales of {BLOCK} channels or row scales, not {format.scale} of {format.group}"
-    if format.element == "int8" and format.scale != "row":
-        return f"INT8 weights need row scales, not {format.scale}"
-    if format.element not in ("int4", "int8"):
-        return f"{format.element} weights are not integers"
-    if weight.scheme.outliers > BLOCK:
-        return f"at most {BLOCK} outlier channels, the scheme has {weight.scheme.outliers}"
-    if weight.body < 1:
-        return "the weight has outlier channels only"
+def scheme_reason(scheme: Scheme) -> str | None:
+    """The reason why the integer GEMM can't take weights and inputs of a scheme, or None if it can."""
+    weights, activations = scheme.weights, scheme.activations
+    for what, element in (("weights", weights.element), ("activations", activations.element)):
+        if element not in ("int4", "int8"):
+            return f"the integer GEMM takes INT4 and INT8, the scheme has {element} {what}"
+    if weights.element == "int4" and (weights.scale, weights.group) not in (("two_level", BLOCK), ("row", None)):
+        return f"the integer GEMM needs two-level scales of {BLOCK} channels or row scales for INT4 weights"
+    if weights.element == "int8" and weights.scale != "row":
+        return f"the integer GEMM needs row scales for INT8 weights, not {weights.scale}"
+    if activations.scale not in ("two_level", "row"):
+        return f"the integer GEMM needs two-level or per-token activation scales, not {activations.scale}"
+    if scheme.outliers > BLOCK:
+        return f"the integer GEMM takes at most {BLOCK} outlier channels, the scheme has {scheme.outliers}"
     return None
 
 
 def prepare_weight(weight: QuantizedWeight) -> GemmWeight:
     """Repack a weight with integer scales; UnsupportedError names what the GEMM can't take."""
-    reason = why_not(weight)
+    reason = scheme_reason(weight.scheme) or (None if weight.body else "the weight has outlier channels only")
     if reason:
-        raise UnsupportedError(f"The integer GEMM does not serve scheme {weight.scheme.name}: {reason}.")
+        raise UnsupportedError(f"Scheme {weight.scheme.name} can't be repacked: {reason}.")
     assert weight.unit is not None
     codes = weight.body_codes()
     bits = weight.scheme.weights.grid.bits

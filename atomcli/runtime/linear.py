@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,9 @@ from atomcli.errors import UsageError
 from atomcli.formats.layout import InputLayout
 from atomcli.formats.scheme import Scheme
 from atomcli.formats.weights import QuantizedWeight, tensor_layout
-from atomcli.kernels import reference
+from atomcli.kernels import dispatch, reference
 
+T = TypeVar("T")
 Kernel = Callable[["QuantLinear", Tensor, bool], Tensor]
 """A product on some device: (linear, x (..., in_features), add_bias) -> y (..., out_features) in x's dtype."""
 
@@ -33,17 +34,18 @@ class SharedInput:
     def __init__(self, readers: int = 1) -> None:
         self.readers = readers
         self._source: Tensor | None = None
-        self._quantized: Tensor | None = None
+        self._kind: str | None = None
+        self._quantized: Any = None
         self._reads = 0
 
-    def quantized(self, x: Tensor, linear: "QuantLinear") -> Tensor:
-        """x (tokens, in_features), transformed, quantized and dequantized again, fp32."""
+    def once(self, x: Tensor, kind: str, quantize: Callable[[], T]) -> T:
+        """quantize() of x in the form `kind`, or what it returned to the reader before for the same x."""
         if self.readers == 1:
-            return reference.quantized_input(x.reshape(-1, x.shape[-1]), linear.scheme, linear.layout)
-        if self._source is not x or self._quantized is None:
-            self._source, self._reads = x, 0
-            self._quantized = reference.quantized_input(x.reshape(-1, x.shape[-1]), linear.scheme, linear.layout)
-        quantized = self._quantized
+            return quantize()
+        if self._source is not x or self._kind != kind:
+            self._source, self._kind, self._reads = x, kind, 0
+            self._quantized = quantize()
+        quantized: T = self._quantized
         self._reads += 1
         if self._reads >= self.readers:
             self._source = self._quantized = None
@@ -80,6 +82,7 @@ class QuantLinear(nn.Module):
         self.shared_input = SharedInput()
         self.keep_dequantized = False
         self._dequantized: Tensor | None = None
+        self._product: dispatch.Product | None = None
         for spec in tensor_layout(scheme, out_features, in_features, float_dtype=dtype):
             self.register_buffer(spec.suffix, torch.empty(spec.shape, dtype=spec.dtype, device=device))
         optional: dict[str, tuple[bool, int, torch.dtype]] = {
@@ -181,6 +184,16 @@ class QuantLinear(nn.Module):
         self._dequantized = weight if self.keep_dequantized else None
         return weight
 
+    def kernel_choice(self) -> dispatch.Choice:
+        """What runs this layer where it lies, or why the reference does."""
+        return dispatch.choose(self.scheme, self.device, self.in_features)
+
+    def product(self) -> dispatch.Product:
+        """The weight repacked for its kernel, made at the first call on a device."""
+        if self._product is None:
+            self._product = dispatch.prepare(self.weight_tensors, self.layout)
+        return self._product
+
     def forward(self, x: Tensor, add_bias: bool = True) -> Tensor:
         """x (..., in_features) -> (..., out_features) in x's dtype; without the bias when `add_bias` is False."""
         return pick_kernel(self, x)(self, x, add_bias)
@@ -198,8 +211,12 @@ class QuantLinear(nn.Module):
         super()._apply(fn, recurse)
         for name, dtype in scales.items():
             self._buffers[name] = getattr(self, name).view(dtype)
-        self._dequantized = None
+        self._dequantized = self._product = None
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._dequantized = self._product = None
+        super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.scheme.name}"
@@ -221,7 +238,10 @@ def input_layout(
 
 def reference_kernel(linear: QuantLinear, x: Tensor, add_bias: bool) -> Tensor:
     """The product of `kernels.reference`: fp32 over dequantized operands, on any device."""
-    tokens = linear.shared_input.quantized(x, linear)
+    rows = x.reshape(-1, x.shape[-1])
+    tokens = linear.shared_input.once(
+        x, "reference", lambda: reference.quantized_input(rows, linear.scheme, linear.layout)
+    )
     if linear.observer is not None:
         linear.observer(tokens)
     y = tokens @ linear.dequantized().T
@@ -230,9 +250,22 @@ def reference_kernel(linear: QuantLinear, x: Tensor, add_bias: bool) -> Tensor:
     return y.to(x.dtype).reshape(*x.shape[:-1], -1)
 
 
+def gpu_kernel(linear: QuantLinear, x: Tensor, add_bias: bool) -> Tensor:
+    """The product on the kernel that `kernels.dispatch` chose for the layer's scheme and card."""
+    product = linear.product()
+    rows = x.reshape(-1, x.shape[-1])
+    operand = linear.shared_input.once(x, product.container, lambda: product.quantize(rows))
+    bias = linear.bias.float() if add_bias and linear.bias is not None else None
+    return product.multiply(operand, rows.shape[0], x.dtype, bias).reshape(*x.shape[:-1], -1)
+
+
 def pick_kernel(linear: QuantLinear, x: Tensor) -> Kernel:
-    """The implementation for a layer and an input: the one seam where GPU kernels come in."""
-    return reference_kernel
+    """The implementation for a layer and an input: the one seam where GPU kernels come in.
+
+    An observer needs the dequantized input, and fp32 models their fp32 output: both are the reference's.
+    """
+    on_gpu = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and linear.observer is None
+    return gpu_kernel if on_gpu and linear.kernel_choice().kernel is not None else reference_kernel
 
 
 def share_inputs(linears: list[nn.Module]) -> None:

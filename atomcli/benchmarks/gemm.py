@@ -27,7 +27,7 @@ Product = Callable[[], object]
 
 @dataclass(frozen=True)
 class Contender:
-    """A product to time: `build(N, K, M, copies)` gives one call for each copy of the weight; `weight_bits` as stored."""
+    """A product to time: `build(N, K, M, copies)` gives a call for each copy of the weight; `weight_bits` as stored."""
 
     name: str
     weight_bits: float
@@ -79,7 +79,12 @@ def _case(
     operations = 2.0 * out_features * in_features * tokens
     rows = []
     for contender in contenders:
-        labels = {"N": out_features, "K": in_features, "M": tokens, "kernel": contender.name}
+        labels: dict[str, str | int | float] = {
+            "N": out_features,
+            "K": in_features,
+            "M": tokens,
+            "kernel": contender.name,
+        }
         time = times.get(contender.name)
         if time is None:
             rows.append(Row(labels, dict.fromkeys(_MEASURES), notes[contender.name]))
@@ -197,7 +202,7 @@ def _bf16(out_features: int, in_features: int, tokens: int, copies: int) -> list
     x = torch.randn(tokens, in_features, device="cuda", dtype=torch.bfloat16)
     y = torch.empty(tokens, out_features, device="cuda", dtype=torch.bfloat16)
     weights = [torch.randn(out_features, in_features, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
-    return [lambda w=w: torch.mm(x, w.t(), out=y) for w in weights]
+    return [functools.partial(torch.mm, x, w.t(), out=y) for w in weights]
 
 
 def _fp8(out_features: int, in_features: int, tokens: int, copies: int) -> list[Product]:
@@ -205,13 +210,13 @@ def _fp8(out_features: int, in_features: int, tokens: int, copies: int) -> list[
     one = torch.ones((), device="cuda")
     x = torch.randn(padded, in_features, device="cuda").to(torch.float8_e4m3fn)
     weights = [torch.randn(out_features, in_features, device="cuda").to(torch.float8_e4m3fn) for _ in range(copies)]
-    return [lambda w=w: torch._scaled_mm(x, w.t(), one, one, out_dtype=torch.bfloat16) for w in weights]
+    return [functools.partial(torch._scaled_mm, x, w.t(), one, one, out_dtype=torch.bfloat16) for w in weights]
 
 
 def _torch_int8(out_features: int, in_features: int, tokens: int, copies: int) -> list[Product]:
     x = _normal((max(tokens, 17), in_features), 34, -127, 127)  # torch._int_mm takes no fewer rows
     weights = [_normal((out_features, in_features), 34, -127, 127) for _ in range(copies)]
-    return [lambda w=w: torch._int_mm(x, w.t()) for w in weights]
+    return [functools.partial(torch._int_mm, x, w.t()) for w in weights]
 
 
 def _vllm_int8(out_features: int, in_features: int, tokens: int, copies: int) -> list[Product]:
@@ -221,7 +226,8 @@ def _vllm_int8(out_features: int, in_features: int, tokens: int, copies: int) ->
     weights = [_normal((out_features, in_features), 34, -127, 127) for _ in range(copies)]
     token_scale, row_scale = torch.rand(tokens, 1, device="cuda"), torch.rand(out_features, 1, device="cuda")
     return [
-        lambda w=w: _custom_ops.cutlass_scaled_mm(x, w.t(), token_scale, row_scale, torch.bfloat16) for w in weights
+        functools.partial(_custom_ops.cutlass_scaled_mm, x, w.t(), token_scale, row_scale, torch.bfloat16)
+        for w in weights
     ]
 
 
@@ -233,7 +239,7 @@ def _deep_gemm(out_features: int, in_features: int, tokens: int, copies: int) ->
     weights = [torch.randn(out_features, in_features, device="cuda").to(torch.float8_e4m3fn) for _ in range(copies)]
     block_scales = torch.rand(out_features // 128, in_features // 128, device="cuda")
     y = torch.empty(tokens, out_features, device="cuda", dtype=torch.bfloat16)
-    return [lambda w=w: deep_gemm.fp8_gemm_nt((x, token_scales), (w, block_scales), y) for w in weights]
+    return [functools.partial(deep_gemm.fp8_gemm_nt, (x, token_scales), (w, block_scales), y) for w in weights]
 
 
 _CUBLAS_BF16 = Contender("cuBLAS bf16", 16, _bf16)

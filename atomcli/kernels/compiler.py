@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,7 +26,7 @@ log = logging.getLogger("atomcli")
 
 OPTIONS = ("-std=c++17", "--ptxas-options=-v")  # -v: only then do warnings about serialized wgmma reach the log
 
-# ptxas serializes the warpgroup MMAs of a kernel and merely warns about it (C7510 ...): half the speed, so an error here.
+# ptxas serializes the warpgroup MMAs of a kernel and merely warns about it: half the speed, so an error here.
 SERIALIZED = re.compile(r"\(C751[0-48]\)")
 INCLUDE = re.compile(r'^\s*#include\s+"([^"]+)"', re.MULTILINE)
 
@@ -49,15 +50,10 @@ class Program:
     @functools.cached_property
     def resources(self) -> dict[str, Resources]:
         found = {}
-        for part in self.log.split("Compiling entry function '")[1:]:
-            stack, stores, loads = (
-                int(n)
-                for n in re.search(
-                    r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part
-                ).groups()
-            )
-            registers = int(re.search(r"Used (\d+) registers", part)[1])
-            found[part.split("'")[0]] = Resources(registers, stores + loads, stack)
+        usage = r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers"
+        for entry, *numbers in re.findall(rf"Compiling entry function '(.+?)'.*?{usage}", self.log, re.DOTALL):
+            stack, stores, loads, registers = (int(number) for number in numbers)
+            found[entry] = Resources(registers, stores + loads, stack)
         return found
 
 
@@ -66,7 +62,7 @@ def cache_directory() -> Path:
 
 
 def architecture(device: torch.device) -> str:
-    """The compilation target of a card: "90a" for an H100. The suffix stands for instructions of just that generation."""
+    """The compilation target of a card: "90a" for an H100. The suffix gives instructions of just that generation."""
     major, minor = torch.cuda.get_device_capability(device)
     return f"{major}{minor}" + ("a" if major >= 9 else "")
 
@@ -112,7 +108,7 @@ def require_compiler() -> None:
 
 
 @functools.cache
-def _nvrtc():
+def _nvrtc() -> Any:
     try:
         from cupy.cuda import nvrtc
 
@@ -158,7 +154,7 @@ def _write_cached(stem: str, program: Program) -> None:
         for suffix, content in ((".log", program.log.encode()), (".cubin", program.cubin)):
             with tempfile.NamedTemporaryFile(dir=cache_directory(), delete=False) as file:
                 file.write(content)
-            os.replace(file.name, cache_directory() / (stem + suffix))
+            Path(file.name).replace(cache_directory() / (stem + suffix))
     except OSError as error:
         log.warning("compiled kernels are not kept: %s", error)
 

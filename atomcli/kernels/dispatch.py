@@ -43,7 +43,7 @@ def _choose(scheme: Scheme, device: torch.device, in_features: int) -> Choice:
 
 
 def choose_for(scheme: Scheme, arch: str) -> Choice:
-    """The GEMM for `scheme` on `arch`: on integers where all scales are outside the sums, else one with group scales."""
+    """The GEMM for `scheme` on `arch`: on integers where all scales lie outside the sums, else with group scales."""
     if arch not in ARCHITECTURES:
         return Choice(None, f"the kernels are built for sm_{', '.join(ARCHITECTURES)}, not for sm_{arch}")
     if "float" in (scheme.weights.element, scheme.activations.element):

@@ -40,10 +40,9 @@ def _check(operand: Operand, weight: GemmWeight, tokens: int, dtype: torch.dtype
     padded = codes.shape[1]
     if padded % 8 or padded < tokens:
         raise UsageError(f"The operand has {padded} token rows; {tokens} tokens need a multiple of 8 that holds them.")
-    if operand.token_scale.numel() < padded or operand.token_scale.dtype != torch.float32:
-        raise UsageError(
-            f"token_scale must be fp32 of {padded} values, not {operand.token_scale.dtype} {tuple(operand.token_scale.shape)}."
-        )
+    scale = operand.token_scale
+    if scale.numel() < padded or scale.dtype != torch.float32:
+        raise UsageError(f"token_scale must be fp32 of {padded} values, not {scale.dtype} {tuple(scale.shape)}.")
     if bias is not None and (bias.dtype != torch.float32 or bias.shape != (weight.shape[0],)):
         raise UsageError(f"The bias must be fp32 ({weight.shape[0]},), not {bias.dtype} {tuple(bias.shape)}.")
     for name, tensor in (("operand", codes), ("weight", weight.body), ("bias", bias)):

@@ -81,7 +81,7 @@ def pad_scale(scale: Tensor) -> Tensor:
 
 
 def pack_int4(codes: Tensor, multipliers: Tensor) -> Tensor:
-    """Codes int8 (N, body) in -8...7 and multipliers int8 (N, groups of 128) in -15...15 -> (row groups, blocks, bytes).
+    """Codes int8 (N, body), -8...7, and multipliers int8 (N, groups of 128), -15...15 -> (row groups, blocks, bytes).
 
     The sign of a multiplier moves into its codes: a nibble holds q + 8, or 7 - q where m is negative.
     """
@@ -116,7 +116,7 @@ def _fragments(codes: Tensor) -> Tensor:
 
 
 def pack_operand(codes: Tensor, padded_tokens: int) -> Tensor:
-    """INT8 codes (T, K), K whole blocks -> (blocks, padded_tokens, 128) with 16-byte chunk c of row r at c ^ (r % 8)."""
+    """INT8 codes (T, K), K whole blocks -> (blocks, padded_tokens, 128); 16-byte chunk c of row r at c ^ (r % 8)."""
     tokens, channels = codes.shape
     rows = torch.nn.functional.pad(codes, (0, 0, 0, padded_tokens - tokens)).view(torch.uint8)
     chunks = rows.view(padded_tokens, channels // BLOCK, 8, 16).transpose(0, 1)

@@ -309,12 +309,17 @@ struct Consumer {
     INLINE void reduce_k_groups(Sums& sums) {
         constexpr int WARP_SUMS = TOKENS / 8 * 32;  // int4 of one warp
         constexpr int MEMBERS = K_GROUPS * WARPGROUP;
-        const auto of = [&](int other) { return exchange + (((other - 1) * ROW_GROUPS + row_group) * 4 + warp) * WARP_SUMS; };
-        named_barrier_sync(1 + row_group, MEMBERS);  // the last segment's sums have been read
-        if (k_group > 0) store_partial(of(k_group), sums, lane);
-        named_barrier_sync(1 + row_group, MEMBERS);  // this one's have been written
-        if (k_group > 0) return;
-        for (int other = 1; other < K_GROUPS; ++other) add_partial(sums, of(other), lane);
+        const int written = 1 + row_group, read = 1 + ROW_GROUPS + row_group;
+        if (k_group > 0) {
+            named_barrier_sync(read, MEMBERS);
+            store_partial(exchange + (((k_group - 1) * ROW_GROUPS + row_group) * 4 + warp) * WARP_SUMS, sums, lane);
+            named_barrier_arrive(written, MEMBERS);
+        } else {
+            named_barrier_arrive(read, MEMBERS);
+            named_barrier_sync(written, MEMBERS);
+            for (int other = 0; other < K_GROUPS - 1; ++other)
+                add_partial(sums, exchange + ((other * ROW_GROUPS + row_group) * 4 + warp) * WARP_SUMS, lane);
+        }
     }
 
     INLINE int4* partial(int block) const { return problem.partials + ((block * ROW_GROUPS + row_group) * 4 + warp) * (TOKENS / 8 * 32); }

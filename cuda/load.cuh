@@ -40,6 +40,7 @@ INLINE void barrier_wait(uint64& barrier, uint32 parity) {
 // ---- named barriers among some warps of a block; ids 1..15 (0 is __syncthreads)
 
 INLINE void named_barrier_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+INLINE void named_barrier_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
 // ---- bulk copies global -> shared: contiguous, multiples of 16 bytes, completing on a barrier
 

@@ -70,14 +70,15 @@ def allocate(losses: Table, costs: Table, budget: float) -> Allocation:
 
 
 def frontier(losses: Table, costs: Table, points: int = 16) -> list[Allocation]:
-    """The best allocations for `points` budgets spread evenly from the cheapest choice to the best one.
+    """The best allocations for `points` budgets, each larger by the same factor, from the cheapest choice to the best.
 
-    Costs ascend and losses descend strictly; budgets that buy nothing more are left out.
+    Costs are positive; they ascend and losses descend strictly; budgets that buy nothing more are left out.
     """
     low, high = cost_range(costs)
     found: list[Allocation] = []
     for step in range(points):
-        best = allocate(losses, costs, low + (high - low) * step / max(1, points - 1))
+        share = step / max(1, points - 1)
+        best = allocate(losses, costs, high if share == 1 else low * (high / low) ** share)
         if not found or best.loss < found[-1].loss:
             found.append(best)
     return found

@@ -149,9 +149,9 @@ def _measure(
         before.remove()
         before = after
         progress.advance(index + 1)
+    progress.begin("divergences", 2 + len(measured), "stream")
     with torch.inference_mode():
-        outer.to(walk.device)
-        cache, joint, *alone = _divergences(outer, walk, before)
+        cache, joint, *alone = _divergences(outer.to(walk.device), walk, before, progress)
     progress.end()
     klds = dict(zip((group.title for group in measured), alone, strict=True))
     return Sensitivities(
@@ -354,7 +354,7 @@ class _Judged:
         return error_factor(hessian, settings.damping, settings.damping_rule)
 
 
-def _divergences(model: Any, walk: Walk, streams: _Streams) -> list[float]:
+def _divergences(model: Any, walk: Walk, streams: _Streams, progress: Progress) -> list[float]:
     """KL(parent ‖ other) in nats, the mean over the proof's tokens: of the cache, of everything, of each group."""
     head = [_log_probabilities(model, sequence.to(walk.device)) for sequence in streams.parent.chunks(1)]
     found: list[float] = []
@@ -367,6 +367,7 @@ def _divergences(model: Any, walk: Walk, streams: _Streams) -> list[float]:
             rows += p.shape[0]
             if number % len(head) == 0:
                 found.append(max(0.0, total / rows))
+                progress.advance(len(found))
                 total, rows = 0.0, 0
     return found
 

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from atomcli.checkpoint.files import read_json, sync_directory, write_json
-from atomcli.checkpoint.manifest import JOURNAL
+from atomcli.checkpoint.files import read_json, write_json
 from atomcli.checkpoint.tensorfile import TensorFile
 from atomcli.checkpoint.writer import publish, unfinished, write_shard
 from atomcli.errors import InputError, RunError, UsageError
@@ -139,10 +138,10 @@ def calibrate(
         progress.end()
         write_json(directory / SETTINGS, {"identity": identity, "model": source.name})
         for path in directory.iterdir():
-            if path.suffix in (".stream", ".tmp") or path.name in (JOURNAL, LOCK):
+            if path.suffix in (".stream", ".tmp") or path.name == LOCK:
                 path.unlink()
-        sync_directory(directory)
-        publish(directory, out)
+        with journal.aside():
+            publish(directory, out)
     return open_calibration(out, source)
 
 

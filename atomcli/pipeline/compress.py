@@ -25,7 +25,8 @@ from torch import Tensor
 from atomcli.checkpoint.digests import sha256_file
 from atomcli.checkpoint.directory import CONFIG
 from atomcli.checkpoint.files import read_json, write_json
-from atomcli.checkpoint.manifest import JOURNAL, MANIFEST, REPORT, ShardRecord
+from atomcli.checkpoint.manifest import MANIFEST, REPORT, ShardRecord, read_report
+from atomcli.checkpoint.verify import verify_checkpoint
 from atomcli.checkpoint.writer import finish, publish, refuse_occupied, shard_file, unfinished, write_shard
 from atomcli.errors import InputError
 from atomcli.models.tensors import block_name
@@ -40,7 +41,7 @@ from atomcli.pipeline.calibrate import (
     tokens_digest,
     tokens_for,
 )
-from atomcli.pipeline.journal import LOCK, Journal, locked
+from atomcli.pipeline.journal import LOCK, Journal, beside, locked
 from atomcli.pipeline.model import Walk, start_walk
 from atomcli.pipeline.parameters import InputsSeen, Outcome, fold, quantize_block, targets, watched
 from atomcli.pipeline.progress import Progress, Silent
@@ -56,8 +57,8 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger("atomcli")
 _CALIBRATION = "calibration"
-# What only the run itself needs; a finished checkpoint doesn't have it.
-_SCRATCH = (JOURNAL, LOCK)
+# Files that only the run itself needs; a finished checkpoint has none of them.
+_SCRATCH = (".stream", ".tmp")
 
 
 def compress(
@@ -96,29 +97,48 @@ def compress(
     directory = unfinished(out)
     with locked(directory):
         journal = Journal.open(directory, _identity(walk, recipe, tokens, plan_file), restart=overwrite)
-        if journal.steps:
-            _LOG.info("continuing after block %d of %d", len(journal.steps), walk.blocks)
-            _check_shards(directory, journal)
-        with journal.same_threads():
-            if artifact is None:
-                artifact = calibrate(
-                    source, recipe, directory / _CALIBRATION, device=walk.device, progress=progress, tokens=tokens
-                )
-            if plan is None:
-                found = sensitivities_of(walk, recipe, artifact, groups_of(recipe, walk), progress)
-                plan = select(recipe, walk, found)
-            road = _Road(walk, recipe, plan, artifact, directory)
-            progress.begin("quantize", walk.blocks)
-            progress.advance(len(journal.steps))
-            for index in range(len(journal.steps), walk.blocks):
-                journal.publish(road.block(index))
-                road.drop(index)
-                progress.advance(index + 1, f"error {_mean_error(journal.steps[-1]):.4f}")
-            progress.begin("verify", 1, "checkpoint")
-            report = _finish(road, journal, directory)
-            progress.advance(1)
-            progress.end()
-        _publish(directory, out, overwrite)
+        if (directory / REPORT).is_file():  # written last, after the proof: only the name is missing
+            verify_checkpoint(directory)
+            report = read_report(directory)
+        else:
+            report = _work(walk, recipe, plan, artifact, tokens, journal, progress)
+        _publish(journal, out, overwrite)
+    return report
+
+
+def _work(
+    walk: Walk,
+    recipe: Recipe,
+    plan: Plan | None,
+    artifact: Calibration | None,
+    tokens: Tensor,
+    journal: Journal,
+    progress: Progress,
+) -> dict[str, Any]:
+    """All stages that the journal's directory still lacks; returns the report."""
+    directory = journal.directory
+    if journal.steps:
+        _LOG.info("continuing after block %d of %d", len(journal.steps), walk.blocks)
+        _check_shards(directory, journal)
+    with journal.same_threads():
+        if artifact is None:
+            artifact = calibrate(
+                walk.source, recipe, directory / _CALIBRATION, device=walk.device, progress=progress, tokens=tokens
+            )
+        if plan is None:
+            found = sensitivities_of(walk, recipe, artifact, groups_of(recipe, walk), progress)
+            plan = select(recipe, walk, found)
+        road = _Road(walk, recipe, plan, artifact, directory)
+        progress.begin("quantize", walk.blocks)
+        progress.advance(len(journal.steps))
+        for index in range(len(journal.steps), walk.blocks):
+            journal.publish(road.block(index))
+            road.drop(index)
+            progress.advance(index + 1, f"error {_mean_error(journal.steps[-1]):.4f}")
+        progress.begin("verify", 1, "checkpoint")
+        report = _finish(road, journal, directory)
+        progress.advance(1)
+        progress.end()
     return report
 
 
@@ -252,7 +272,6 @@ def _finish(road: _Road, journal: Journal, directory: Path) -> dict[str, Any]:
     found = check.verify(directory, walk, proof, streams.parent, streams.checkpoint, expected)
     report = _report(road, journal, found)
     write_json(directory / REPORT, report)
-    streams.remove()
     return report
 
 
@@ -319,17 +338,23 @@ def _refuse(out: Path, overwrite: bool) -> None:
         refuse_occupied(out)
 
 
-def _publish(directory: Path, out: Path, overwrite: bool) -> None:
-    """Rename the finished directory to its final name; a checkpoint it replaces is moved aside first, then deleted."""
-    shutil.rmtree(directory / _CALIBRATION, ignore_errors=True)
+def _publish(journal: Journal, out: Path, overwrite: bool) -> None:
+    """Rename the finished directory to its final name; a checkpoint it replaces is moved aside first, then deleted.
+
+    Whatever only the run needed goes first, the journal last: interrupted anywhere in here, a run goes on here.
+    """
+    directory = journal.directory
     for path in directory.iterdir():
-        if path.name in _SCRATCH or path.suffix in (".stream", ".tmp"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name in (LOCK, beside(unfinished(directory / _CALIBRATION)).name) or path.suffix in _SCRATCH:
             path.unlink()
     replaced = out.with_name(f"{out.name}.replaced")
-    if overwrite and (out / MANIFEST).is_file():
-        shutil.rmtree(replaced, ignore_errors=True)
-        out.rename(replaced)
-    publish(directory, out)
+    with journal.aside():
+        if overwrite and (out / MANIFEST).is_file():
+            shutil.rmtree(replaced, ignore_errors=True)
+            out.rename(replaced)
+        publish(directory, out)
     shutil.rmtree(replaced, ignore_errors=True)
 
 

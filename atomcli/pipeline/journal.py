@@ -71,6 +71,7 @@ class Journal:
         """
         wanted = json.loads(json.dumps(identity))
         path = directory / JOURNAL
+        _bring_back(directory)
         if path.exists():
             data = read_json(path)
             if data.get("version") == _VERSION and data.get("identity") == wanted:
@@ -105,11 +106,38 @@ class Journal:
         finally:
             torch.set_num_threads(before)
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Keep the journal beside its directory while that gets its final name; afterwards nobody needs it.
+
+        A run that ends in between finds it there, and has nothing to do but to publish.
+        """
+        kept = beside(self.directory)
+        (self.directory / JOURNAL).replace(kept)
+        yield
+        kept.unlink(missing_ok=True)
+
     def _write(self) -> None:
         write_json(
             self.directory / JOURNAL,
             {"version": _VERSION, "identity": self.identity, "threads": self.threads, "steps": self.steps},
         )
+
+
+def beside(directory: Path) -> Path:
+    """Where the journal of a directory lies while that is renamed."""
+    return directory.with_name(f"{directory.name}.{JOURNAL}")
+
+
+def _bring_back(directory: Path) -> None:
+    """Put a journal that was set aside back into its directory; one whose directory was published is dropped."""
+    kept = beside(directory)
+    if not kept.exists():
+        return
+    if (directory / JOURNAL).exists() or all(path.name == LOCK for path in directory.iterdir()):
+        kept.unlink()
+    else:
+        kept.replace(directory / JOURNAL)
 
 
 def clear(directory: Path) -> None:

@@ -26,6 +26,19 @@ def test_a_new_journal_clears_what_no_journal_mentions(tmp_path):
         assert sorted(path.name for path in tmp_path.iterdir()) == ["journal.json", LOCK]
 
 
+def test_a_journal_of_a_published_directory_is_dropped(tmp_path):
+    run = tmp_path / "out.unfinished"
+    with locked(run):
+        journal = Journal.open(run, {"model": "a"})
+        journal.publish({"block": 0})
+        with pytest.raises(KeyboardInterrupt), journal.aside():
+            run.rename(tmp_path / "out")
+            raise KeyboardInterrupt
+    with locked(run):
+        assert Journal.open(run, {"model": "a"}).steps == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.unfinished"]
+
+
 def test_another_identity_is_refused_with_the_difference(tmp_path):
     Journal.open(tmp_path, IDENTITY).publish({"block": 0})
     changed = {"recipe": {"weights": {"clip": 0.9}}, "model": "b" * 64}

@@ -25,6 +25,11 @@ class Interrupted(BaseException):
     """Stands for a kill: nothing in the code may catch it."""
 
 
+def interrupted(*arguments, **keywords):
+    """Takes the place of a function that a run never reached."""
+    raise Interrupted
+
+
 def interrupt_at(monkeypatch, module, name, call):
     """Let the `call`-th call of a function raise after it has done its work."""
     original, calls = getattr(module, name), [0]
@@ -67,6 +72,54 @@ def test_an_interrupted_run_ends_with_the_same_bytes(
     assert not (tmp_path / "out").exists()
     compress(parent(**LAYERS), small_recipe(), tmp_path / "out", tokens=tokens, device="cpu")
     assert files_of(tmp_path / "out") == expected
+
+
+def _never(*arguments, **keywords):
+    raise AssertionError("finished work is done again")
+
+
+@pytest.mark.parametrize("moment", ["_finish", "_publish", "publish"])
+def test_a_run_interrupted_while_publishing_has_only_to_publish(
+    moment, expected, parent, tokens, tmp_path, monkeypatch
+):
+    """After the proof: before anything is tidied away, in the middle of it, and right before the rename."""
+    arguments = {"tokens": tokens, "device": "cpu"}
+    with monkeypatch.context() as patch:
+        if moment == "_finish":
+            interrupt_at(patch, road, "_finish", 1)
+        elif moment == "_publish":
+            interrupt_at(patch, road.shutil, "rmtree", 1)
+        else:
+            patch.setattr(road, "publish", interrupted)
+        with pytest.raises(Interrupted):
+            compress(parent(**LAYERS), small_recipe(), tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()
+    for name in ("calibrate", "_finish", "quantize_block"):
+        monkeypatch.setattr(road, name, _never)
+    compress(parent(**LAYERS), small_recipe(), tmp_path / "out", **arguments)
+    assert files_of(tmp_path / "out") == expected
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_a_calibration_interrupted_before_its_rename_has_only_to_publish(parent, tokens, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(calibration_stage, "publish", interrupted)
+        with pytest.raises(Interrupted):
+            calibrate(parent(), small_recipe(), tmp_path / "out", tokens=tokens, device="cpu")
+    monkeypatch.setattr(calibration_stage, "_calibrate_block", _never)
+    calibrate(parent(), small_recipe(), tmp_path / "out", tokens=tokens, device="cpu")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_abandoned_calibration_is_not_published(parent, tokens, tmp_path, monkeypatch):
+    """Interrupted in its own calibration and continued with an artifact, a run leaves nothing of the former."""
+    with monkeypatch.context() as patch:
+        patch.setattr(calibration_stage, "publish", interrupted)
+        with pytest.raises(Interrupted):
+            compress(parent(), small_recipe(), tmp_path / "out", tokens=tokens, device="cpu")
+    calibrate(parent(), small_recipe(), tmp_path / "artifact", tokens=tokens, device="cpu")
+    compress(parent(), small_recipe(), tmp_path / "out", calibration=tmp_path / "artifact", device="cpu")
+    assert not [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith("calibration")]
 
 
 def test_finished_blocks_are_not_done_again(parent, tokens, tmp_path, monkeypatch):

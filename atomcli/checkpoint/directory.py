@@ -117,7 +117,8 @@ def load_tokenizer(path: Path) -> "PreTrainedTokenizerBase":
         )
     try:
         return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
+    # Damaged files make transformers stumble anywhere, and the tokenizers library raises Exception itself.
+    except Exception as error:
         raise InputError(
             f"The tokenizer in {path} can't be loaded: {one_line(error)}", "Copy the tokenizer files again."
         ) from error
@@ -171,7 +172,7 @@ def parse_config(path: Path, raw: dict[str, Any]) -> "PreTrainedConfig":
         )
     try:
         config = CONFIG_MAPPING[model_type].from_dict(raw)
-    except (StrictDataclassError, TypeError, ValueError, KeyError, AttributeError) as error:
+    except (StrictDataclassError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         raise InputError(
             f"{path / CONFIG} is not a valid {model_type} config: {one_line(error)}", "Copy config.json again."
         ) from error

@@ -105,7 +105,10 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         shards = [ShardRecord.from_dict(shard) for shard in data["shards"]]
         files = {name: FileRecord(record["bytes"], record["sha256"]) for name, record in data["files"].items()}
-    except (KeyError, TypeError, AttributeError) as error:
+        for name in (*files, *(shard.file for shard in shards)):
+            if Path(name).name != name:
+                raise ValueError(f"{name!r} is not a file beside it")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path} is damaged: {type(error).__name__} {error}", "Copy the checkpoint again.") from error
     return Manifest({shard.file: shard for shard in shards}, files)
 

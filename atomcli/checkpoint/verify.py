@@ -10,11 +10,11 @@ from torch import Tensor
 
 from atomcli.checkpoint.digests import sha256_file
 from atomcli.checkpoint.directory import CONFIG, INDEX, MODEL_DTYPES, load_config_json, parse_config
-from atomcli.checkpoint.files import read_json
+from atomcli.checkpoint.files import one_line, read_json
 from atomcli.checkpoint.manifest import JOURNAL, Manifest, ShardRecord, read_manifest, read_report
 from atomcli.checkpoint.tensorfile import DTYPE_NAMES, TensorFile
-from atomcli.errors import InputError, UnsupportedError
-from atomcli.formats.scheme import Scheme
+from atomcli.errors import AtomError, InputError, UnsupportedError
+from atomcli.formats.scheme import KVFormat, Scheme
 from atomcli.formats.weights import tensor_layout
 
 if TYPE_CHECKING:
@@ -46,8 +46,10 @@ class Checkpoint:
         self.config: PreTrainedConfig = parse_config(path, raw)
         self.report: dict[str, Any] = read_report(path)
         weight_map = read_json(path / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise InputError(f"{path / INDEX} has no weight_map of tensor to file", _AGAIN)
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(file, str) and Path(file).name == file for file in weight_map.values()
+        ):
+            raise InputError(f"{path / INDEX} has no weight_map of tensor to a file beside it", _AGAIN)
         self._files: dict[str, TensorFile] = {}
         for file in sorted(set(weight_map.values())):
             if not (path / file).is_file():
@@ -150,9 +152,7 @@ def _verify_shard(path: Path, shard: ShardRecord, manifest: Manifest) -> None:
 
 def _verify_linears(path: Path, quantization: dict[str, Any], found: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
     """Every linear of the configuration has exactly the tensors that its scheme needs, in its shapes."""
-    for linear, spec in quantization["linears"].items():
-        scheme = _scheme(path, quantization, linear)
-        rows, columns = int(spec["out_features"]), int(spec["in_features"])
+    for linear, (spec, scheme, rows, columns) in _parsed(path, quantization).items():
         weight = found.get(f"{linear}.weight")
         for tensor in tensor_layout(scheme, rows, columns):
             name = f"{linear}.{tensor.suffix}"
@@ -178,11 +178,23 @@ def _verify_linears(path: Path, quantization: dict[str, Any], found: Mapping[str
                 raise InputError(f"Tensor {name} is {is_now}; needed is {' or '.join(allowed)} [{size}]", _AGAIN)
 
 
-def _scheme(path: Path, quantization: dict[str, Any], linear: str) -> Scheme:
-    name = quantization["linears"][linear]["scheme"]
-    if name not in quantization["schemes"]:
-        raise InputError(f"{path / CONFIG} gives {linear} the scheme {name!r}, which it doesn't define", _AGAIN)
-    return Scheme.from_dict(quantization["schemes"][name])
+def _parsed(path: Path, quantization: dict[str, Any]) -> dict[str, tuple[dict[str, Any], Scheme, int, int]]:
+    """Every linear's entry with its scheme, rows and columns; InputError when the configuration can't be read."""
+    parsed = {}
+    try:
+        schemes = {name: Scheme.from_dict(scheme) for name, scheme in quantization["schemes"].items()}
+        for linear, spec in quantization["linears"].items():
+            name = spec["scheme"]
+            if name not in schemes:
+                raise ValueError(f"it gives {linear} the scheme {name!r}, which it doesn't define")
+            rows, columns = int(spec["out_features"]), int(spec["in_features"])
+            schemes[name].body(columns)  # raises when the outliers leave no body
+            parsed[linear] = (spec, schemes[name], rows, columns)
+        KVFormat(**quantization["kv_cache"])
+    except (KeyError, TypeError, ValueError, AttributeError, AtomError) as error:
+        why = f"it lacks {error}" if isinstance(error, KeyError) else one_line(error)
+        raise InputError(f"quantization_config in {path / CONFIG} can't be read: {why}", _AGAIN) from error
+    return parsed
 
 
 def _quantization(path: Path, config: dict[str, Any]) -> dict[str, Any]:

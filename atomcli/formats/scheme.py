@@ -4,7 +4,7 @@ import re
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from atomcli.errors import UsageError
+from atomcli.errors import InputError, UsageError
 from atomcli.formats import grids
 from atomcli.formats.groups import group_count
 
@@ -13,6 +13,7 @@ ScaleKind = Literal["fp16", "two_level", "e8m0", "e4m3", "row"]
 
 ELEMENTS = ("int4", "int8", "e2m1", "float")
 GROUPS = (16, 32, 64, 128, 256)
+TRANSFORMS = ("none", "hadamard")
 OUTLIER_BITS = 8
 HADAMARD_BLOCK = 128
 
@@ -29,6 +30,8 @@ _COMBINATIONS: dict[tuple[str, str], tuple[int | None, ...]] = {
     ("float", "row"): (None,),
 }
 _SCALE_BITS = {"fp16": 16, "two_level": 8, "e8m0": 8, "e4m3": 8}
+_KV_BITS = {"int4": 4.0, "int8": 8.0, "float": 16.0}
+_KV_POSITIONS = ("before_rope", "after_rope")
 _NAMES = {("e2m1", "fp16"): "fp4", ("e2m1", "e8m0"): "mxfp4", ("e2m1", "e4m3"): "nvfp4"}
 
 
@@ -96,6 +99,8 @@ class Scheme:
     transform: Literal["none", "hadamard"] = "none"
 
     def __post_init__(self) -> None:
+        if self.transform not in TRANSFORMS:
+            raise UsageError(f"No transform is called {self.transform!r}; there is {' and '.join(TRANSFORMS)}.")
         if self.outliers < 0:
             raise UsageError(f"The number of outlier channels can't be negative, got {self.outliers}.")
         if self.outliers and self.weights.element == "float" and self.activations.element == "float":
@@ -157,14 +162,14 @@ class Scheme:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Scheme":
-        """The scheme that `to_dict` wrote; unknown keys are an error."""
+        """The scheme that `to_dict` wrote; InputError for anything else."""
         data = dict(data)
         try:
             weights = WeightFormat(**data.pop("weights"))
             activations = ActivationFormat(**data.pop("activations"))
             return cls(weights, activations, **data)
-        except (KeyError, TypeError) as error:
-            raise UsageError(f"A scheme in the checkpoint's configuration can't be read: {error}.") from error
+        except (KeyError, TypeError, ValueError, UsageError) as error:
+            raise InputError(f"a saved scheme is not one: {str(error).rstrip('.')}") from error
 
 
 @dataclass(frozen=True)
@@ -177,14 +182,17 @@ class KVFormat:
     bias_free: bool = True
 
     def __post_init__(self) -> None:
+        if self.element not in _KV_BITS or self.position not in _KV_POSITIONS:
+            raise UsageError(
+                f"A cache holds {', '.join(_KV_BITS)} elements {' or '.join(_KV_POSITIONS)}, "
+                f"not {self.element} {self.position}."
+            )
         if self.hadamard and self.position == "before_rope":
             raise UsageError("A Hadamard on keys is applied after RoPE; kv_cache.position must be after_rope.")
 
     def bits_per_value(self, head_dim: int) -> float:
         """Stored bits per cached number, with the fp16 scale and minimum per token and head."""
-        if self.element == "float":
-            return 16.0
-        return {"int4": 4, "int8": 8}[self.element] + 32 / head_dim
+        return _KV_BITS[self.element] + (0 if self.element == "float" else 32 / head_dim)
 
     def to_dict(self) -> dict[str, Any]:
         """The format as plain data."""

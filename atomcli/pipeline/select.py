@@ -161,17 +161,21 @@ def load_plan(path: Path, recipe: Recipe, walk: Walk) -> Plan:
         ("recipe", recipe_fingerprint(recipe), recipe.name),
     ):
         made_for = data[what]
+        if not isinstance(made_for, dict):
+            raise InputError(f"{path} is damaged: its {what} is {made_for!r}", hint)
         if made_for.get("fingerprint") != found:
             raise InputError(
                 f"the plan {path} was made for another {what} ({made_for.get('name')}, fingerprint "
                 f"{str(made_for.get('fingerprint'))[:12]}), not for {name} ({found[:12]})",
                 hint,
             )
-    schemes = {name: Scheme.from_dict(scheme) for name, scheme in data["schemes"].items()}
     try:
+        schemes = {name: Scheme.from_dict(scheme) for name, scheme in data["schemes"].items()}
         linears = {linear: None if name is None else schemes[name] for linear, name in data["linears"].items()}
     except KeyError as error:
         raise InputError(f"{path} gives a linear the scheme {error}, which it does not describe", hint) from error
+    except (AttributeError, TypeError, InputError) as error:
+        raise InputError(f"{path} is damaged: {error}", hint) from error
     if linears.keys() != uniform(recipe, walk).schemes.keys():
         raise InputError(f"{path} names other linears than {walk.source.name} has", hint)
     for index in range(walk.blocks):

@@ -134,13 +134,10 @@ class QuantLinear(nn.Module):
         device: torch.device | str | None,
     ) -> "QuantLinear":
         """The empty layer that an entry of quantization_config["linears"] describes (see `entry`)."""
-        scheme = schemes[entry["scheme"]]
-        if "activation_clip" in entry:
-            scheme = replace(scheme, activations=replace(scheme.activations, clip=entry["activation_clip"]))
         return cls(
             entry["in_features"],
             entry["out_features"],
-            scheme,
+            scheme_of(entry, schemes),
             bias=entry.get("bias", False),
             permutation=entry.get("permutation", False),
             signs=entry.get("signs", False),
@@ -220,6 +217,14 @@ class QuantLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.scheme.name}"
+
+
+def scheme_of(entry: Mapping[str, Any], schemes: Mapping[str, Scheme]) -> Scheme:
+    """The scheme of an entry of quantization_config["linears"], with the entry's own clip where it has one."""
+    scheme = schemes[entry["scheme"]]
+    if "activation_clip" in entry:
+        scheme = replace(scheme, activations=replace(scheme.activations, clip=entry["activation_clip"]))
+    return scheme
 
 
 def input_layout(

@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from atomcli.errors import AtomError, InputError
 from atomcli.formats.scheme import KVFormat, Scheme
-from atomcli.runtime.linear import QuantLinear
+from atomcli.runtime.linear import QuantLinear, scheme_of
 
 VERSION = 1
 _DTYPES = {
@@ -50,14 +50,14 @@ class Plan:
             linears = {name: dict(entry) for name, entry in data["linears"].items()}
             for name, entry in linears.items():
                 if entry["scheme"] not in schemes:
-                    raise InputError(f"quantization_config gives {name} the scheme {entry['scheme']!r}, which it lacks")
-                int(entry["in_features"]), int(entry["out_features"])
+                    raise ValueError(f"it gives {name} the scheme {entry['scheme']!r}, which it lacks")
+                int(entry["out_features"])
+                scheme_of(entry, schemes).body(int(entry["in_features"]))  # raises when the outliers leave no body
             return cls(schemes, linears, KVFormat(**data["kv_cache"]))
-        except InputError:
-            raise
         except (KeyError, TypeError, ValueError, AttributeError, AtomError) as error:
+            why = str(error) if isinstance(error, ValueError | AtomError) else repr(error)
             raise InputError(
-                f"quantization_config in config.json can't be read: {error!r}", "config.json was edited or is damaged."
+                f"quantization_config in config.json can't be read: {why}", "config.json was edited or is damaged."
             ) from error
 
     @classmethod
@@ -89,8 +89,8 @@ def checkpoint_files(directory: Path) -> list[Path]:
     index = directory / "model.safetensors.index.json"
     if index.exists():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+            names = sorted({Path(name).as_posix() for name in json.loads(index.read_text())["weight_map"].values()})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{index} can't be read: {error!r}", "The file is damaged.") from error
     else:
         names = ["model.safetensors"]

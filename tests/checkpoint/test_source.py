@@ -292,6 +292,13 @@ def test_companions(model: Path, tmp_path: Path) -> None:
     assert config["dtype"] == "bfloat16"
 
 
+@pytest.mark.parametrize("content", ["{", "[]", "{}", "null"])
+def test_a_damaged_tokenizer_is_named(model: Path, content: str) -> None:
+    (model / "tokenizer.json").write_text(content)
+    with pytest.raises(InputError, match=r"The tokenizer in .* can't be loaded"):
+        open_source(str(model)).tokenizer()
+
+
 def test_a_tokenizer_that_needs_code_is_refused(model: Path) -> None:
     source = open_source(str(model))
     with pytest.raises(InputError, match="holds no tokenizer"):

@@ -159,6 +159,8 @@ def remake(checkpoint: Path, change: dict[str, torch.Tensor | None], entry: dict
         ({"bias": torch.zeros(24)}, {}, r"bias is there, but its entry in quantization_config lacks it"),
         ({}, {"in_features": 256}, r"weight_packed is U8 \[24, 36\]; scheme w4a8 needs U8 \[24, 64\]"),
         ({}, {"scheme": "w9"}, r"the scheme 'w9', which it doesn't define"),
+        ({}, {"in_features": 100}, r"config\.json can't be read: 128 outlier channels leave no body"),
+        ({}, {"out_features": None}, r"config\.json can't be read: int\(\) argument"),
     ],
 )
 def test_tensors_that_are_not_what_the_scheme_says(
@@ -171,6 +173,32 @@ def test_tensors_that_are_not_what_the_scheme_says(
 def test_a_bias_and_signs_are_allowed_where_the_entry_names_them(checkpoint: Path) -> None:
     tensors = {"bias": torch.zeros(24, dtype=torch.bfloat16), "signs": torch.ones(200, dtype=torch.int8)}
     verify_checkpoint(remake(checkpoint, tensors, {"bias": True, "signs": True}))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda q: q["schemes"][SCHEME].update(outliers="many"),
+        lambda q: q["linears"].update(nowhere={}),
+        lambda q: q.update(schemes=[]),
+        lambda q: q["kv_cache"].update(element="int3"),
+    ],
+)
+def test_a_configuration_that_says_nothing_sensible(checkpoint: Path, change: Any) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    change(config["quantization_config"])
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"quantization_config in .*config\.json can't be read"):
+        verify_checkpoint(remake(checkpoint, {}))
+
+
+@pytest.mark.parametrize("file", [5, ["a"], "../elsewhere.safetensors"])
+def test_an_index_names_files_beside_it(checkpoint: Path, file: Any) -> None:
+    index = json.loads((checkpoint / "model.safetensors.index.json").read_text())
+    index["weight_map"]["model.norm.weight"] = file
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match="has no weight_map of tensor to a file beside it"):
+        read_checkpoint(checkpoint)
 
 
 def test_what_is_no_checkpoint(tmp_path: Path, checkpoint: Path) -> None:

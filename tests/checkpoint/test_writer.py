@@ -154,6 +154,8 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
         ({"shards": [{}]}, r"atom_manifest\.json is damaged"),
         ({"files": []}, r"atom_manifest\.json is damaged"),
         ({"shards": 3}, r"atom_manifest\.json is damaged"),
+        ({"shards": [{"file": 3, "bytes": 0, "sha256": "", "tensors": {}}]}, r"atom_manifest\.json is damaged"),
+        ({"files": {"../config.json": {"bytes": 0, "sha256": ""}}}, r"'\.\./config\.json' is not a file beside it"),
     ],
 )
 def test_a_damaged_manifest(checkpoint: Path, change: dict[str, Any], message: str) -> None:

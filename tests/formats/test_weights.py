@@ -104,6 +104,20 @@ def test_schemes_survive_json() -> None:
         assert Scheme.from_dict(scheme.to_dict()) == scheme
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"outliers": "many"}, {"transform": "fourier"}, {"weights": 4}, {"weights": {"element": "int3"}}, {"a": 1}],
+)
+def test_a_damaged_scheme_is_a_wrong_file_not_a_wrong_command(change):
+    with pytest.raises(InputError, match="a saved scheme is not one"):
+        Scheme.from_dict(SCHEMES["w4a4"].to_dict() | change)
+
+
+def test_a_cache_format_that_nothing_implements_is_refused():
+    with pytest.raises(UsageError, match="not int3 after_rope"):
+        KVFormat("int3")
+
+
 @pytest.mark.parametrize("element", ["int4", "int8"])
 def test_cached_vectors_come_back_within_half_a_step(element: str) -> None:
     x = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(0)) * 4 + 1

@@ -207,6 +207,10 @@ def test_a_plan_is_of_one_model_and_recipe(parent, tmp_path):
     with pytest.raises(InputError, match="made for another recipe"):
         load_plan(path, small_recipe(weights={"clip": 0.9}), walk)
     data = json.loads(path.read_text())
+    for damage in ({"model": "tiny"}, {"schemes": []}, {"schemes": {"w4a4-g16-o16": {}}}, {"linears": []}):
+        path.write_text(json.dumps(data | damage))
+        with pytest.raises(InputError, match=r"plan\.json is damaged"):
+            load_plan(path, recipe, walk)
     data["linears"]["model.layers.0.self_attn.q_proj"] = None
     path.write_text(json.dumps(data))
     with pytest.raises(UsageError, match=r"q_proj 16 bits and .*k_proj"):

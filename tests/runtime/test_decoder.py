@@ -192,7 +192,11 @@ def test_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
         (lambda c: c["quantization_config"].update(version=7), "format version 7"),
         (lambda c: c["quantization_config"]["kv_cache"].update(element="int3", colour="red"), "can't be read"),
         (lambda c: c["quantization_config"]["schemes"].clear(), "the scheme 'all'"),
-        (lambda c: next(iter(c["quantization_config"]["linears"].values())).update(in_features=4), "80"),
+        (lambda c: c["quantization_config"]["schemes"]["all"].update(outliers=1000), "leave no body"),
+        (lambda c: c["quantization_config"]["schemes"]["all"]["weights"].update(element="int3"), "int3"),
+        (lambda c: first_entry(c).update(activation_clip="a"), "can't be read"),
+        (lambda c: c["quantization_config"]["kv_cache"].update(element="int3"), "not int3"),
+        (lambda c: next(iter(c["quantization_config"]["linears"].values())).update(in_features=40), "80"),
         (lambda c: c["quantization_config"]["linears"].update(nowhere={**_ENTRY}), "names the linear nowhere"),
     ],
 )
@@ -213,6 +217,23 @@ def test_unreadable_configs_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "martian"}')
     with pytest.raises(InputError, match="martian"):
         decoder.load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("file", [5, ["model-00001.safetensors"], "../out/model-00001.safetensors"])
+def test_an_index_that_names_no_file_beside_it_is_refused(tmp_path: Path, file: Any) -> None:
+    _, source = random_parent("llama")
+    write_checkpoint(tmp_path / "out", source, PAPER, KV4)
+    index = tmp_path / "out" / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["model.norm.weight"] = file
+    index.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"can't be read|lacks the file"):
+        decoder.load_checkpoint(tmp_path / "out")
+
+
+def first_entry(config: dict[str, Any]) -> dict[str, Any]:
+    entry: dict[str, Any] = next(iter(config["quantization_config"]["linears"].values()))
+    return entry
 
 
 _ENTRY = {"scheme": "all", "in_features": 80, "out_features": 80}

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from atomcli.errors import UnsupportedError
 from atomcli.models.block import Family
 from atomcli.models.registry import describe
 from atomcli.models.tensors import account, block_name, block_shapes, block_tensors
 from atomcli.pipeline.stream import chunk_sequences
 from atomcli.runtime.decoder import block_arguments, empty_model
+from atomcli.runtime.device import choose_device
 
 if TYPE_CHECKING:
     from atomcli.checkpoint.source import Source
@@ -64,24 +64,14 @@ class Walk:
 def start_walk(source: Source, device: torch.device | str | None = None) -> Walk:
     """Begin a walk: the architecture is known and every tensor of the source is accounted for, or an error says why.
 
-    `device` None takes a GPU where there is one. Raises UnsupportedError and InputError.
+    `device` None takes a GPU where there is one. Raises UsageError, UnsupportedError and InputError.
     """
+    target = choose_device(device)
     family = describe(source.config)
     account(family, source.config, source.names(), source.shape)
-    target = choose_device(device)
     frame = empty_model(family, source.config)
     frame.model.rotary_emb.to(target)
     return Walk(source, family, frame, target)
-
-
-def choose_device(device: torch.device | str | None) -> torch.device:
-    """The device to work on; UnsupportedError when it isn't there."""
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = torch.device(device)
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise UnsupportedError("the device cuda was asked for, and torch sees no GPU", "use --device cpu")
-    return chosen
 
 
 def full_name(index: int, linear: str) -> str:

@@ -1,5 +1,6 @@
 """`atom eval`: how good a checkpoint is, alone or beside its parent, and gates on it for CI."""
 
+import math
 from typing import Annotated, Any
 
 import typer
@@ -22,7 +23,7 @@ Windows = Annotated[
     int | None,
     typer.Option("--windows", min=0, help="Only the first so many windows; 0: all (default: 20, if there are)."),
 ]
-WindowLength = Annotated[int, typer.Option("--window-length", help="Tokens in a window.")]
+WindowLength = Annotated[int, typer.Option("--window-length", min=2, help="Tokens in a window.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one).")]
 MaxRatio = Annotated[
     float | None, typer.Option("--max-ratio", help="Exit 1 when perplexity / parent's perplexity is above this.")
@@ -56,8 +57,10 @@ def ppl(
 
     if convention not in ("token", "word", "both"):
         raise UsageError(f"--convention is {convention!r}; allowed are token, word and both")
-    if max_ratio is not None and (against is None or convention == "word"):
+    if max_ratio is not None and against is None:
         raise UsageError("--max-ratio compares token perplexities of two models", "add --against PARENT")
+    if max_ratio is not None and convention == "word":
+        raise UsageError("--max-ratio compares token perplexities, which --convention word leaves out", "leave it away")
     gates.check_gates(ratio=0.0, max_ratio=max_ratio)  # a limit that is no number is refused now, not at the end
     check_models(_names(checkpoint, against), device)
     text = load_text(data, "held_out")
@@ -68,6 +71,7 @@ def ppl(
             row: dict[str, Any] = {"name": name}
             tokens = tokenize(text, opened.tokenizer)
             limit = _limit(windows, len(tokens), window_length)
+            row |= {"windows": limit or math.ceil(len(tokens) / window_length), "window_length": window_length}
             if convention != "word":
                 cut = cut_windows(tokens, window_length, limit, text.name)
                 seen = progress.counter(f"{name}, token perplexity", "window")
@@ -108,7 +112,7 @@ def kld(
 
     With its standard error, how often both would say the same token, and both token perplexities.
     """
-    from atomcli.cli.models import check_models, open_model, parent_of
+    from atomcli.cli.models import check_models, open_model, parent_of, warn_of_another_parent
     from atomcli.cli.progress import Progress
     from atomcli.evaluation import gates
     from atomcli.evaluation.divergence import divergence, record
@@ -117,6 +121,7 @@ def kld(
     gates.check_gates(0.0, max_ratio, 0.0, max_kld)  # a limit that is no number is refused now, not at the end
     parent_name = against or parent_of(checkpoint)
     check_models([parent_name, checkpoint], device)
+    warn_of_another_parent(checkpoint, parent_name)
     text = load_text(data, "held_out")
     with Progress() as progress:
         parent = open_model(parent_name, device)
@@ -152,8 +157,10 @@ def tasks(
         typer.Option("--task", "-t", help="A JSON lines file, a YAML file, or a name of lm-eval; repeatable."),
     ],
     against: Against = None,
-    limit: Annotated[int | None, typer.Option("--limit", help="Only the first so many questions of each task.")] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Questions at a time.")] = 1,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Only the first so many questions of each task.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Questions at a time.")] = 1,
     device: Device = None,
 ) -> None:
     """Zero-shot accuracy through lm-eval.
@@ -162,8 +169,10 @@ def tasks(
     """
     from atomcli.cli.models import check_models, open_model
     from atomcli.cli.progress import Progress
-    from atomcli.evaluation.tasks import run_tasks
+    from atomcli.evaluation.tasks import run_tasks, task_spec
 
+    for each in task:
+        task_spec(each)  # a file that can't be asked is refused now, not after a model is loaded
     check_models(_names(checkpoint, against), device)
     rows: list[dict[str, Any]] = []
     for name in _names(checkpoint, against):

@@ -61,6 +61,7 @@ def read_contents(directory: Path) -> Contents:
     from atomcli.checkpoint.manifest import read_manifest, read_report
     from atomcli.checkpoint.tensorfile import DTYPES
 
+    refuse_unfinished(directory)
     if not directory.is_dir():
         raise InputError(f"there is no checkpoint at {directory}", "give the directory that `atom quantize` wrote")
     if not is_checkpoint(directory):
@@ -83,6 +84,19 @@ def read_contents(directory: Path) -> Contents:
         for name, entry in sorted(linears.items(), key=lambda item: _natural(item[0]))
     ]
     return Contents(layers, kept, quantization["kv_cache"], report)
+
+
+def refuse_unfinished(directory: Path) -> None:
+    """InputError for a checkpoint that is still being made, by its own name or by the one that it will have."""
+    from atomcli.checkpoint.manifest import JOURNAL
+    from atomcli.checkpoint.writer import unfinished
+
+    if directory.name and not directory.exists():
+        directory = unfinished(directory)
+    if (directory / JOURNAL).is_file():
+        raise InputError(
+            f"{directory} is an unfinished checkpoint", "type the `atom quantize` command again: it continues"
+        )
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

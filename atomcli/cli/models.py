@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from atomcli.cli.console import console
-from atomcli.cli.layers import is_checkpoint, read_contents
+from atomcli.cli.layers import is_checkpoint, read_contents, refuse_unfinished
 from atomcli.errors import UsageError
 
 
@@ -26,8 +26,9 @@ class OpenModel:
 def open_model(name: str, device: str | None = None) -> OpenModel:
     """Loads a checkpoint or a parent onto a device; by default a GPU where there is one."""
     from atomcli.runtime import decoder
+    from atomcli.runtime.device import choose_device
 
-    target = pick_device(device)
+    target = choose_device(device)
     path = Path(name).expanduser()
     if is_checkpoint(path):
         from atomcli.checkpoint.directory import load_tokenizer
@@ -47,32 +48,17 @@ def open_model(name: str, device: str | None = None) -> OpenModel:
 
 def check_models(names: list[str], device: str | None) -> None:
     """Raises, before hours are spent on the first of several models, what a glance tells about any of them."""
-    from atomcli.checkpoint.source import DEMO, open_source
+    from atomcli.checkpoint.source import open_source
+    from atomcli.runtime.device import choose_device
 
-    pick_device(device)
+    choose_device(device)
     for name in names:
         path = Path(name).expanduser()
-        may_be_hub_id = name.count("/") == 1 and not path.is_absolute()
-        if not path.exists() and name != DEMO and not may_be_hub_id:
+        refuse_unfinished(path)
+        if is_checkpoint(path):
+            read_contents(path)
+        else:
             open_source(name)
-
-
-def pick_device(device: str | None) -> Any:
-    """The torch device a person named, or a GPU where there is one; UsageError for one that isn't here."""
-    import torch
-
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        picked = torch.device(device)
-    except RuntimeError:
-        raise UsageError(f"--device is {device!r}; allowed are cpu, cuda and cuda:N") from None
-    if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
-        raise UsageError(
-            f"--device is {device!r}, but there are {torch.cuda.device_count()} CUDA devices here",
-            "`atom doctor` says what this machine has",
-        )
-    return picked
 
 
 def parent_of(checkpoint: str) -> str:
@@ -83,3 +69,19 @@ def parent_of(checkpoint: str) -> str:
         raise UsageError(f"{checkpoint} doesn't say which parent it has", "name it with --against PARENT")
     console.note(f"parent: {parent['name']} (from the checkpoint's report)")
     return str(parent["name"])
+
+
+def warn_of_another_parent(checkpoint: str, parent: str) -> None:
+    """Says so when `parent` is not the model that a checkpoint was made from, by the fingerprint in its report."""
+    path = Path(checkpoint).expanduser()
+    made_from = read_contents(path).report.get("parent", {}) if is_checkpoint(path) else {}
+    if not made_from.get("fingerprint"):
+        return
+    from atomcli.checkpoint.source import open_source
+
+    named = Path(parent).expanduser()
+    if is_checkpoint(named) or open_source(parent).fingerprint() != made_from["fingerprint"]:
+        console.warn(
+            f"{parent} is not the parent of {checkpoint}, which was made from {made_from.get('name')} "
+            f"(fingerprint {made_from['fingerprint'][:12]}): what follows is the distance from another model"
+        )

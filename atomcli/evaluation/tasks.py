@@ -339,19 +339,25 @@ def _language_model(model: Any, tokenizer: Any, batch_size: int, max_length: int
 
 @contextlib.contextmanager
 def _quiet_lm_eval() -> Iterator[None]:
-    """Hold back lm_eval's advice to its own command line's users, its bars, and its prints from stdout."""
+    """Hold back lm_eval's advice to its own command line's users, its bars, its prints, and git's complaint.
+
+    It asks git for the commit of the directory that it is called in, which git answers on stderr where there is none.
+    """
+    from lm_eval import evaluator
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     def without_bar(self: Any, *arguments: Any, **options: Any) -> None:
         start(self, *arguments, **{**options, "disable": True})
 
     logger = logging.getLogger("lm_eval")
-    level, start = logger.level, tqdm.__init__
+    level, start, commit = logger.level, tqdm.__init__, evaluator.get_git_commit_hash
     logger.setLevel(logging.ERROR)
     tqdm.__init__ = without_bar
+    evaluator.get_git_commit_hash = lambda: None
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield
     finally:
         tqdm.__init__ = start
+        evaluator.get_git_commit_hash = commit
         logger.setLevel(level)

@@ -137,8 +137,13 @@ def test_missing_file_unknown_name_and_doubles(tmp_path: Path) -> None:
 
 
 def test_a_real_model_runs_them_quietly(
-    tmp_path: Path, tiny_model: Any, word_tokenizer: Any, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    tiny_model: Any,
+    word_tokenizer: Any,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # where git finds no repository
     path = write(tmp_path / "one.jsonl", [{"query": "w1 w2", "choices": ["w3", "w4 w5"], "gold": 1}] * 40)
     calls: list[tuple[int, int]] = []
     rows = run_tasks(
@@ -150,6 +155,7 @@ def test_a_real_model_runs_them_quietly(
     captured = capfd.readouterr()
     assert captured.out == ""
     assert "it/s" not in captured.err
+    assert "git" not in captured.err
 
 
 def test_a_real_models_choice_is_the_likelier_one(tmp_path: Path, tiny_model: Any, word_tokenizer: Any) -> None:

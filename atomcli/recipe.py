@@ -124,11 +124,11 @@ class Weights(Numbers):
     damping_rule: Literal["mean", "relative"] = "mean"
     token_weights: TokenWeights = "none"
 
-    @field_validator("clip")
+    @field_validator("clip", mode="before")
     @classmethod
-    def sane_clip(cls, clip: float | str) -> float | str:
-        """A ratio of the absolute maximum."""
-        if isinstance(clip, float | int) and not 0.1 <= clip <= 1.0:
+    def sane_clip(cls, clip: Any) -> Any:
+        """A ratio of the absolute maximum, or the word that has it searched."""
+        if clip != "search" and not (isinstance(clip, float | int) and 0.1 <= clip <= 1.0):
             raise ValueError("must lie between 0.1 and 1, or be 'search'")
         return clip
 
@@ -329,8 +329,9 @@ def refuse_narrow(scheme: Scheme, linear: str, in_features: int) -> None:
     """UsageError when a linear has too few input channels for a scheme's outliers."""
     if scheme.outliers >= in_features:
         raise UsageError(
-            f"outliers.channels is {scheme.outliers}, but {linear} has only {in_features} input channels",
-            f"use at most {in_features - 1} outliers (--outliers), or a rule that keeps this linear",
+            f"{scheme.name} has {scheme.outliers} outliers, but {linear} has only {in_features} input channels",
+            f"use at most {in_features - 1} (--outliers, or such as w4a8-o16 for a named scheme), "
+            "or a rule that keeps this linear",
         )
 
 
@@ -363,7 +364,7 @@ def parse_recipe(data: Mapping[str, Any], where: str = "the recipe") -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        raise UsageError(f"{where}: {_explain(error)}", "check it with `atom recipes validate`") from error
+        raise UsageError(f"{where}: {_explain(error)}", "`atom recipes show atom-w4a4` has every key") from error
 
 
 def override(
@@ -406,9 +407,14 @@ def override(
     if group is not None:
         if group not in GROUPS:
             raise UsageError(f"--group is {group}; allowed are {', '.join(map(str, GROUPS))}")
-        for section in ("weights", "activations"):
-            if data[section]["group"] is not None:
-                data[section]["group"] = group
+        grouped = [section for section in ("weights", "activations") if data[section]["group"] is not None]
+        if not grouped:
+            raise UsageError(
+                f"--group is {group}, but the recipe {recipe.name} has one scale for all channels",
+                "leave it away, or choose another of `atom recipes list`",
+            )
+        for section in grouped:
+            data[section]["group"] = group
     changes: dict[str, dict[str, Any]] = {
         "outliers": {"channels": outliers},
         "kv_cache": {"format": kv_cache},
@@ -426,8 +432,11 @@ def override(
     if more:
         if data["select"] is None:
             raise UsageError(
-                f"--{next(iter(more)).rstrip('s')} needs a budget", "give --bits-per-weight, --memory, ..."
+                f"--{'costs' if costs else 'candidate'} needs a budget",
+                "give one of --bits-per-weight, --memory, --max-kld and --latency",
             )
+        if costs and data["select"]["latency"] is None:
+            raise UsageError("--costs is for the budget --latency, which wasn't given", "add --latency MICROSECONDS")
         data["select"] |= more
     return parse_recipe(data, "the recipe with the command-line options")
 
@@ -443,7 +452,7 @@ def _known_scheme(name: str) -> str:
 
 
 def _did_you_mean(word: str, valid: Any) -> str:
-    nearest = difflib.get_close_matches(str(word), [str(each) for each in valid], n=1, cutoff=0.5)
+    nearest = difflib.get_close_matches(str(word), [str(each) for each in valid], n=1)
     return f"; did you mean {nearest[0]}?" if nearest else ""
 
 

@@ -127,7 +127,7 @@ def test_overrides():
 
 def test_more_outliers_than_channels_is_refused():
     recipe = override(load_recipe("atom-w4a4"), outliers=600)
-    with pytest.raises(UsageError, match=r"600, but model\.layers\.0\.self_attn\.q_proj has only 576"):
+    with pytest.raises(UsageError, match=r"600 outliers, but model\.layers\.0\.self_attn\.q_proj has only 576"):
         recipe.scheme_for("model.layers.0.self_attn.q_proj", 576)
 
 

@@ -329,7 +329,11 @@ def _with_text_of(artifact: Calibration, recipe: Recipe) -> Recipe:
     """The recipe as it counts with an artifact: the artifact's text, not the recipe's."""
     settings = artifact.identity["calibration"]
     if settings != recipe.calibration.model_dump(mode="json"):
-        _LOG.warning("the calibration in %s counts, not the recipe's: %s", artifact.directory, settings)
+        _LOG.warning(
+            "the calibration in %s counts, not the recipe's: %s sequences of %s tokens of %s, seed %s",
+            artifact.directory,
+            *(settings[key] for key in ("samples", "sequence_length", "dataset", "seed")),
+        )
     return Recipe.model_validate(recipe.resolved() | {"calibration": settings})
 
 

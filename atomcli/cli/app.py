@@ -75,13 +75,13 @@ def run(arguments: Sequence[str]) -> int:
         return command.main(list(arguments), prog_name="atom", standalone_mode=False) or 0
     except TyperException as error:
         console.json |= "--json" in arguments
-        message = error.format_message()
+        message = error.format_message().replace("Value error, ", "")
         context = getattr(error, "ctx", None)
         path = context.command_path if context else "atom"
         console.error(message[:1].upper() + message[1:], f"`{path} --help` lists what it takes", kind="UsageError")
         return error.exit_code
     except typer.Abort:
-        console.error("Interrupted.", kind="Interrupted")
+        console.error("interrupted", kind="Interrupted")
         return 130
     finally:
         console.finish()

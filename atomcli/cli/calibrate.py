@@ -31,9 +31,13 @@ def calibrate(
     out = output or options.default_output(model, "calibration")
     log.to_file("calibrate")
     from atomcli.checkpoint.source import open_source
+    from atomcli.checkpoint.writer import refuse_occupied
     from atomcli.cli.progress import Progress
+    from atomcli.pipeline.calibrate import SETTINGS
     from atomcli.pipeline.calibrate import calibrate as run
 
+    if not (out / SETTINGS).is_file():  # a finished artifact is compared with what is asked for
+        refuse_occupied(out)
     source = open_source(model)
     console.after_interruption = "the same command resumes"
     with Progress() as progress:

@@ -35,7 +35,8 @@ def doctor() -> None:
     broken = [finding.what for finding in findings if finding.state == "broken"]
     console.result({"findings": [asdict(finding) for finding in findings], "usable": not broken}, table)
     if broken:
-        console.error(f"atom does not run here: {', '.join(broken)}")
+        old = " ".join(f"'{name}>={_written(_REQUIRED[name])}'" for name in broken if name in _REQUIRED)
+        console.error(f"atom does not run here: {', '.join(broken)}", f"pip install {old}" if old else None)
         raise typer.Exit(1)
 
 
@@ -49,9 +50,13 @@ def _software() -> list[Finding]:
             continue
         numbers = tuple(int("".join(filter(str.isdigit, part)) or 0) for part in found.split("+")[0].split(".")[:2])
         fits = numbers >= least
-        wanted = "" if fits else f", atom needs at least {'.'.join(map(str, least))}"
+        wanted = "" if fits else f", atom needs at least {_written(least)}"
         findings.append(Finding(package, "ok" if fits else "broken", found + wanted))
     return findings
+
+
+def _written(numbers: tuple[int, ...]) -> str:
+    return ".".join(map(str, numbers))
 
 
 def _machine() -> list[Finding]:
@@ -65,10 +70,15 @@ def _machine() -> list[Finding]:
     disk = shutil.disk_usage(place)
     writable = os.access(place, os.W_OK)
     return [
-        Finding("processor", "ok", f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores"),
+        Finding("processor", "ok", f"{platform.machine()}, {_cores()} cores"),
         Finding("memory", "ok", f"{byte_count(memory.available)} free of {byte_count(memory.total)}"),
         Finding("cache", "ok" if writable else "broken", f"{cache}, {byte_count(disk.free)} free"),
     ]
+
+
+def _cores() -> int:
+    """Cores that this process may use; all of them where the system can't tell."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _accelerators() -> list[Finding]:

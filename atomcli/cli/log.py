@@ -59,7 +59,7 @@ def new_file(name: str, text: str = "") -> Path | None:
     try:
         directory = cache_directory() / "logs"
         directory.mkdir(parents=True, exist_ok=True)
-        for old in sorted(directory.glob("*.log"))[:-_FILES_KEPT]:
+        for old in sorted(directory.glob("*.log"))[: 1 - _FILES_KEPT]:
             old.unlink(missing_ok=True)
         path = directory / f"{datetime.now():%Y-%m-%dT%H-%M-%S}-{name}-{os.getpid()}.log"
         path.write_text(text, encoding="utf-8")

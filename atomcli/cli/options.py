@@ -1,4 +1,4 @@
-"""The options by which `calibrate` and `quantize` change a recipe; each has the recipe's key of the same meaning."""
+"""The options by which `plan`, `calibrate` and `quantize` change a recipe, each for the key of the same meaning."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -50,8 +50,10 @@ Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1 
 
 
 def default_output(model: str, suffix: str) -> Path:
-    """A directory here named after the model: `demo-atom-w4a4`."""
-    return Path(f"{Path(model).stem or 'model'}-{suffix}")
+    """A directory here named after the model: `demo-atom-w4a4`. Llama-3.1-8B keeps its dot, a file loses .gguf."""
+    path = Path(model).expanduser()
+    name = path.resolve().name if path.is_dir() else path.name.removesuffix(".gguf")
+    return Path(f"{name or 'model'}-{suffix}")
 
 
 def resolve(recipe: str, **changes: Any) -> Any:

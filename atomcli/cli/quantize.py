@@ -1,5 +1,6 @@
 """`atom quantize`: the whole compress road, from a model to a verified checkpoint."""
 
+import shlex
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -107,9 +108,9 @@ def _say_result(model: str, out: Path, report: dict[str, Any], took: float) -> N
     """The sizes, and the three commands one wants next."""
     contents = read_contents(out)
     next_commands = [
-        f"atom eval kld {out} --against {model}",
-        f"atom inspect {out}",
-        f"atom bench model {out} --against {model}",
+        shlex.join(["atom", "eval", "kld", str(out), "--against", model]),
+        shlex.join(["atom", "inspect", str(out)]),
+        shlex.join(["atom", "bench", "model", str(out), "--against", model]),
     ]
     document = {
         "checkpoint": out,

@@ -24,7 +24,12 @@ def list_recipes() -> None:
     for name, recipe in recipes.items():
         table.add(name, recipe.scheme().name, recipe.kv_cache.format, recipe.description)
     rows = [
-        {"name": name, "scheme": recipe.scheme().name, "kv_cache": recipe.kv_cache.format, "text": recipe.description}
+        {
+            "name": name,
+            "scheme": recipe.scheme().name,
+            "kv_cache": recipe.kv_cache.format,
+            "description": recipe.description,
+        }
         for name, recipe in recipes.items()
     ]
     console.result({"recipes": rows}, table)
@@ -58,7 +63,11 @@ def copy(
     load_recipe(recipe)
     if to.exists() and not force:
         raise UsageError(f"{to} exists already", "name another file, or overwrite it with --force")
-    to.write_text(shipped_recipes().get(recipe, Path(recipe)).read_text(encoding="utf-8"), encoding="utf-8")
+    text = shipped_recipes().get(recipe, Path(recipe)).read_text(encoding="utf-8")
+    try:
+        to.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{to} can't be written: {error.strerror}", "name another file") from error
     console.result({"recipe": recipe, "file": to}, f"{recipe} copied to {to}")
     console.note(f"next: atom recipes validate {to}")
 

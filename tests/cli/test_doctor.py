@@ -29,4 +29,4 @@ def test_an_old_library_is_broken_and_exits_1(atom, monkeypatch):
     outcome = atom("doctor")
     assert outcome.code == 1
     assert "2.4.0+cpu, atom needs at least 2.11" in outcome.out
-    assert outcome.err == "error: atom does not run here: torch\n"
+    assert outcome.err == "error: atom does not run here: torch\nhint: pip install 'torch>=2.11'\n"

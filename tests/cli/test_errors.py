@@ -37,7 +37,17 @@ def bad_recipe(tmp_path):
         ("convention", ["eval", "ppl", "demo", "--convention", "character"]),
         ("bench-scheme", ["bench", "gemm", "--scheme", "w3a3"]),
         ("bench-shape", ["bench", "gemm", "--shape", "4096"]),
+        ("bench-format", ["bench", "model", "demo", "--format", "xml"]),
+        ("clip-word", ["quantize", "demo", "--clip", "searched"]),
+        ("costs-without-budget", ["quantize", "demo", "--costs", "gemm.json"]),
+        ("costs-without-latency", ["quantize", "demo", "--costs", "gemm.json", "--memory", "1GB"]),
         ("device", ["eval", "ppl", "demo", "--device", "gpu"]),
+        (
+            "gate-without-its-measure",
+            ["eval", "ppl", "a", "--against", "b", "--convention", "word", "--max-ratio", "2"],
+        ),
+        ("group-of-rows", ["quantize", "demo", "--recipe", "w8a8", "--group", "64"]),
+        ("window-length", ["eval", "kld", "demo", "--window-length", "1"]),
     ],
 )
 def test_wrong_usage_exits_2(name, arguments, atom, snapshot):
@@ -98,6 +108,32 @@ def test_occupied_output_exits_2_before_anything_is_read(atom, tmp_path, snapsho
     (out / "thesis.txt").write_text("irreplaceable")
     snapshot(atom("quantize", tmp_path / "nowhere", "-o", out), "occupied-output")
     assert (out / "thesis.txt").read_text() == "irreplaceable"
+
+
+@pytest.mark.parametrize("command", ["quantize", "calibrate", "plan"])
+@pytest.mark.parametrize("device", ["gpu", "mps", "cuda:99"])
+def test_a_device_that_is_not_here_exits_2(command, device, atom, tiny_model):
+    outcome = atom(command, tiny_model, "--device", device)
+    assert outcome.code == 2
+    assert f"--device is '{device}'" in outcome.err
+
+
+def test_an_occupied_calibration_exits_2_before_anything_is_read(atom, tmp_path):
+    (tmp_path / "thesis.txt").write_text("irreplaceable")
+    outcome = atom("calibrate", tmp_path / "nowhere", "-o", tmp_path)
+    assert outcome.code == 2
+    assert "is not empty" in outcome.err
+
+
+def test_an_unfinished_checkpoint_is_called_so_by_either_name(atom, tmp_path):
+    (tmp_path / "out.unfinished").mkdir()
+    (tmp_path / "out.unfinished" / "journal.json").write_text("{}")
+    for name in ("out", "out.unfinished"):
+        for command in (["inspect"], ["eval", "ppl"]):
+            outcome = atom(*command, tmp_path / name)
+            assert outcome.code == 1
+            assert "out.unfinished is an unfinished checkpoint" in outcome.err
+            assert "`atom quantize`" in outcome.err
 
 
 def test_json_errors_are_one_document_on_stdout(atom):

@@ -2,9 +2,12 @@
 
 import json
 import logging
+import shutil
+from pathlib import Path
 
 import pytest
 
+from atomcli.cli.options import default_output
 from atomcli.pipeline import compress
 
 
@@ -110,6 +113,18 @@ def test_eval_kld_beside_the_parent_that_the_checkpoint_names(atom, tiny_checkpo
     assert "3 windows of 64 tokens" in outcome.out
 
 
+def test_eval_kld_says_when_it_is_given_another_parent(atom, tiny_model, tiny_checkpoint, text_file, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"rope_theta": 5000.0}))
+    measure = ["--data", text_file, "--window-length", 16, "--windows", 1, "--quiet"]
+    for parent, warnings in ((tiny_model, 0), (tmp_path / "other", 1), (tiny_checkpoint, 1)):
+        outcome = atom("eval", "kld", tiny_checkpoint, "--against", parent, *measure)
+        assert outcome.code == 0, outcome.err
+        assert outcome.err.count("\n") == outcome.err.count("warning:") == warnings
+        assert (f"{parent} is not the parent of {tiny_checkpoint}" in outcome.err) == bool(warnings)
+
+
 def test_eval_gates(atom, tiny_model, tiny_checkpoint, text_file):
     measure = ["--data", text_file, "--window-length", 64, "--windows", 2, "--against", tiny_model]
     assert atom("eval", "kld", tiny_checkpoint, *measure, "--max-kld", 100, "--max-ratio", 100).code == 0
@@ -156,6 +171,30 @@ def test_eval_tasks_on_local_questions(atom, tiny_model, tmp_path):
     outcome = atom("eval", "tasks", tiny_model, "--task", file, "--json")
     assert outcome.code == 0, outcome.err
     assert {row["metric"] for row in json.loads(outcome.out)["results"]} >= {"acc"}
+
+
+def test_questions_that_can_not_be_asked_are_refused_before_the_model_is_read(atom, tmp_path):
+    outcome = atom("eval", "tasks", tmp_path / "nowhere", "--task", tmp_path / "colors.jsonl")
+    assert outcome.code == 1
+    assert "colors.jsonl" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("model", "output"),
+    [
+        ("demo", "demo-w8a8"),
+        ("meta-llama/Llama-3.1-8B", "Llama-3.1-8B-w8a8"),
+        ("models/SmolLM2-1.7B.Q4_0.gguf", "SmolLM2-1.7B.Q4_0-w8a8"),
+    ],
+)
+def test_the_default_output_has_the_name_of_the_model(model, output):
+    assert default_output(model, "w8a8") == Path(output)
+
+
+def test_the_default_output_for_here_has_the_name_of_the_directory(tmp_path, monkeypatch):
+    (tmp_path / "Llama-3.1-8B").mkdir()
+    monkeypatch.chdir(tmp_path / "Llama-3.1-8B")
+    assert default_output(".", "w8a8") == Path("Llama-3.1-8B-w8a8")
 
 
 def test_bench_model(atom, tiny_model, tiny_checkpoint):

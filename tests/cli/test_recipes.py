@@ -34,6 +34,13 @@ def test_copy_keeps_comments_and_overwrites_only_when_told(atom, tmp_path, snaps
     assert file.read_text() == shipped_recipes()["w8a8"].read_text()
 
 
+def test_a_copy_that_can_not_be_written_is_one_sentence(atom, tmp_path):
+    for file, force in ((tmp_path / "no" / "my.yaml", []), (tmp_path, ["--force"])):
+        outcome = atom("recipes", "copy", "atom-w4a4", file, *force)
+        assert outcome.code == 2
+        assert f"error: {file} can't be written" in outcome.err
+
+
 def test_every_recipe_that_ships_is_valid(atom):
     for name in shipped_recipes():
         assert atom("recipes", "validate", name).code == 0

@@ -48,7 +48,10 @@ def run(
     Raises UnsupportedError without a CUDA device.
     """
     if not torch.cuda.is_available():
-        raise UnsupportedError("`atom bench gemm` times GPU kernels, and torch finds no CUDA device here.")
+        raise UnsupportedError(
+            "`atom bench gemm` times GPU kernels, and torch finds no CUDA device here",
+            "`atom doctor` says what this machine can run",
+        )
     ours = [contender for name in schemes for contender in _ours(SCHEMES[name])]
     others = _peers() if peers else []
     rows: list[Row] = []

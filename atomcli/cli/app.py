@@ -12,6 +12,7 @@ from typer.exceptions import TyperException
 from atomcli.cli import bench, calibrate, doctor, evaluate, inspect, plan, quantize, recipes
 from atomcli.cli.command import AsJson, Debug, NoColor, Quiet, configure
 from atomcli.cli.console import console
+from atomcli.errors import RunError
 from atomcli.version import __version__
 
 
@@ -69,7 +70,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Runs one command line and answers its exit code."""
+    """Runs one command line, prints the document of --json, and answers the exit code."""
+    code = _run(arguments)
+    try:
+        console.finish()
+    except BrokenPipeError:
+        console.let_go()
+    except RunError as error:
+        console.error(error.what, error.hint, type(error).__name__)
+        return error.exit_code
+    return code
+
+
+def _run(arguments: Sequence[str]) -> int:
     command = typer.main.get_command(app)
     try:
         return command.main(list(arguments), prog_name="atom", standalone_mode=False) or 0
@@ -83,5 +96,3 @@ def run(arguments: Sequence[str]) -> int:
     except typer.Abort:
         console.error("interrupted", kind="Interrupted")
         return 130
-    finally:
-        console.finish()

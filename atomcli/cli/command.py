@@ -4,7 +4,6 @@ import functools
 import inspect
 import logging
 import os
-import sys
 import traceback
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -64,8 +63,7 @@ def _with_exit_code(work: Callable[[], Any]) -> None:
         console.error("interrupted", console.after_interruption, "Interrupted")
         raise typer.Exit(130) from None
     except BrokenPipeError:
-        # Who read stdout has gone (`atom inspect … | head`): there is nothing left to say, and nobody to say it to.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        console.let_go()
         raise typer.Exit(0) from None
     except Exception as error:
         _keep_traceback()

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+from atomcli.errors import RunError
+
 _STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
 
 
@@ -80,8 +82,13 @@ class Console:
     def finish(self) -> None:
         """Prints the one document of --json, whatever the command came to."""
         if self._document is not None:
-            self._write(sys.stdout, json.dumps(self._document, indent=2, ensure_ascii=False))
-            self._document = None
+            document, self._document = self._document, None
+            self._write(sys.stdout, json.dumps(document, indent=2, ensure_ascii=False))
+
+    def let_go(self) -> None:
+        """Who read stdout has gone (`atom inspect … | head`): nothing is left to say, and nobody to say it to."""
+        self._document = None
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def styled(self, text: str, style: str, stream: TextIO | None = None) -> str:
         if not self.color or not is_terminal(stream or sys.stdout):
@@ -99,8 +106,14 @@ class Console:
 
             self.screen.print(Text.from_ansi(line), soft_wrap=True)
             return
-        stream.write(line + "\n")
-        stream.flush()
+        try:
+            stream.write(line + "\n")
+            stream.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            name = "stdout" if stream is sys.stdout else "stderr"
+            raise RunError(f"{name} can't be written: {error.strerror}") from error
 
 
 def is_terminal(stream: TextIO) -> bool:

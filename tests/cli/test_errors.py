@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -134,6 +135,25 @@ def test_an_unfinished_checkpoint_is_called_so_by_either_name(atom, tmp_path):
             assert outcome.code == 1
             assert "out.unfinished is an unfinished checkpoint" in outcome.err
             assert "`atom quantize`" in outcome.err
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_a_reader_that_leaves_is_no_failure(form):
+    command = [sys.executable, "-m", "atomcli", "recipes", "list", *form]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert b"Error" not in process.stderr.read()
+    assert process.returncode == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_results_that_can_not_be_written_are_one_sentence(form):
+    command = [sys.executable, "-m", "atomcli", "recipes", "list", "--quiet", *form]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "error: stdout can't be written: No space left on device\n"
 
 
 def test_json_errors_are_one_document_on_stdout(atom):

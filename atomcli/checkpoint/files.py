@@ -60,8 +60,12 @@ def copy_file(source: Path, destination: Path) -> None:
     temporary = destination.with_name(destination.name + TEMPORARY)
     size = source.stat().st_size
     try:
-        shutil.copyfile(source, temporary)
+        with source.open("rb") as data, temporary.open("wb") as out:
+            shutil.copyfileobj(data, out)
+            out.flush()
+            os.fsync(out.fileno())
         temporary.replace(destination)
+        sync_directory(destination.parent)
     except OSError as error:
         raise write_error(destination, error, size, size) from error
 

@@ -88,12 +88,25 @@ def finish(directory: Path, shards: Iterable[ShardRecord]) -> Manifest:
 
 
 def refuse_occupied(out: Path) -> None:
-    """UsageError when OUT exists and is anything but an empty directory."""
-    if out.is_dir() and not any(out.iterdir()):
-        return
-    if out.exists() or out.is_symlink():
-        kind = "is not empty" if out.is_dir() else "is a file"
-        raise UsageError(f"The output directory {out} {kind}", "Choose another with -o, or remove it yourself.")
+    """UsageError when OUT exists and is anything but an empty directory that a rename can replace."""
+    hint = "Choose another with -o, or remove it yourself."
+    if out.is_dir():
+        if any(out.iterdir()):
+            raise UsageError(f"The output directory {out} is not empty", hint)
+        # Known only to the rename at the very end, which would fail after all the work.
+        if kind := _irreplaceable(out):
+            raise UsageError(f"The output {out} is {kind}, which a finished checkpoint can't replace", f"-o {out}/NAME")
+    elif out.exists() or out.is_symlink():
+        raise UsageError(f"The output directory {out} is a {'file' if out.exists() else 'link to nothing'}", hint)
+
+
+def _irreplaceable(out: Path) -> str | None:
+    """Why a rename can't replace an empty directory; None where it can."""
+    if out.name in ("", ".."):
+        return "where it is called from"
+    if out.is_symlink():
+        return "a link"
+    return "a mount point" if out.is_mount() else None
 
 
 def publish(directory: Path, out: Path) -> None:

@@ -177,6 +177,24 @@ def test_publishing_is_one_rename(tmp_path: Path) -> None:
     assert not made.exists()
 
 
+def test_an_output_that_no_rename_can_replace_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    writer.refuse_occupied(empty)
+    (tmp_path / "link").symlink_to(empty)
+    with pytest.raises(UsageError, match="is a link"):
+        writer.refuse_occupied(tmp_path / "link")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UsageError, match="is a link to nothing"):
+        writer.refuse_occupied(tmp_path / "dangling")
+    monkeypatch.chdir(empty)
+    with pytest.raises(UsageError, match="is where it is called from"):
+        writer.refuse_occupied(Path())
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == empty)
+    with pytest.raises(UsageError, match="is a mount point"):
+        writer.refuse_occupied(empty)
+
+
 def test_an_occupied_output_is_never_touched(tmp_path: Path) -> None:
     made = tmp_path / "out.unfinished"
     made.mkdir()

@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedConfig
 
-from atomcli.errors import UnsupportedError
+from atomcli.errors import InputError, UnsupportedError
 from atomcli.models import llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
 from atomcli.models.block import Family
 
@@ -19,11 +19,17 @@ FAMILIES: tuple[Family, ...] = (
 def describe(config: PreTrainedConfig) -> Family:
     """The family of a model by config.architectures, or by config.model_type where that is missing.
 
-    Raises UnsupportedError for an architecture without a description.
+    Raises UnsupportedError for an architecture without a description, InputError for one of another model_type.
     """
     architectures = tuple(config.architectures or ())
     for family in FAMILIES:
         if set(architectures) & set(family.architectures) or (not architectures and config.model_type == family.name):
+            if config.model_type != family.name:
+                raise InputError(
+                    f"config.json names the architecture {' or '.join(architectures)} and the model_type "
+                    f"{config.model_type}, but that architecture's is {family.name}",
+                    "Copy config.json again.",
+                )
             return family
     known = ", ".join(name for family in FAMILIES for name in family.architectures)
     raise UnsupportedError(

@@ -66,6 +66,8 @@ class Calibration:
         file = TensorFile(self.directory / _statistics_file(index))
         sites = sorted({name.split(".")[0] for name in file.entries})
         fields = ("energy", "minimum", "maximum", "tokens")
+        if lacking := sorted({f"{site}.{field}" for site in sites for field in fields} - file.entries.keys()):
+            raise InputError(f"{file.path} lacks {lacking[0]}", "calibrate again")
         return {site: Statistics(*(file.read(f"{site}.{field}") for field in fields)) for site in sites}
 
 
@@ -154,7 +156,9 @@ def open_calibration(directory: Path, source: Source) -> Calibration:
             "make one with `atom calibrate MODEL -o DIR`",
         )
     settings = read_json(directory / SETTINGS)
-    identity = settings.get("identity", {})
+    identity = settings.get("identity")
+    if not isinstance(identity, dict) or not isinstance(identity.get("calibration"), dict):
+        raise InputError(f"{directory / SETTINGS} is damaged: it doesn't say what was calibrated", "calibrate again")
     if identity.get("model") != source.fingerprint():
         raise InputError(
             f"{directory} was calibrated on another model ({settings.get('model')}), not on {source.name}",
@@ -262,9 +266,10 @@ def check_calibration_tokens(tokens: Tensor, walk: Walk) -> None:
     """Refuse tokens that are misshapen or that the model does not know."""
     if tokens.ndim != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
         raise InputError(f"calibration tokens have shape {list(tokens.shape)}; expected (samples, at least 2 tokens)")
-    highest = int(tokens.max())
-    if highest >= walk.config.vocab_size:
+    lowest, highest = (int(bound) for bound in torch.aminmax(tokens))
+    if lowest < 0 or highest >= walk.config.vocab_size:
+        token = min(lowest, 0) or highest
         raise InputError(
-            f"the calibration text has token {highest}, but {walk.source.name} knows {walk.config.vocab_size} tokens",
+            f"the calibration text has token {token}, but {walk.source.name} knows {walk.config.vocab_size} tokens",
             "The tokenizer belongs to another model.",
         )

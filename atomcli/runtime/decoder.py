@@ -51,9 +51,7 @@ class TensorSource(Protocol):
 
 def empty_block(family: Family, config: PreTrainedConfig, index: int, kv: KVFormat = FLOAT_CACHE) -> nn.Module:
     """Decoder layer `index` on the meta device, with our attention and experts; its linears are nn.Linear."""
-    with torch.device("meta"):
-        layer = _class(family, "DecoderLayer")(config, index)
-    return adapt_block(layer, kv)
+    return adapt_block(_made(family, "DecoderLayer", config, index), kv)
 
 
 def adapt_block(layer: Any, kv: KVFormat) -> nn.Module:
@@ -106,8 +104,7 @@ def empty_model(family: Family, config: PreTrainedConfig) -> PreTrainedModel:
     """The causal language model without its blocks, on the meta device except for what the config alone determines."""
     config = copy.deepcopy(config)
     config._attn_implementation = "sdpa"
-    with torch.device("meta"):
-        model = _class(family, "ForCausalLM")(config)
+    model = _made(family, "ForCausalLM", config)
     model.model.layers = nn.ModuleList()
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
     return model.eval()
@@ -225,9 +222,9 @@ def load_checkpoint(directory: Path | str) -> PreTrainedModel:
     plan = saved.Plan.of(config)
     family = describe(config)
     model = empty_model(family, config)
-    with torch.device("meta"):
-        layer_class = _class(family, "DecoderLayer")
-        model.model.layers.extend(layer_class(model.config, index) for index in range(config.num_hidden_layers))
+    model.model.layers.extend(
+        _made(family, "DecoderLayer", model.config, index) for index in range(config.num_hidden_layers)
+    )
     quantize_skeleton(model, plan, config.dtype)
     files = saved.checkpoint_files(directory)
     saved.check_tensors(model, files)
@@ -238,8 +235,18 @@ def load_checkpoint(directory: Path | str) -> PreTrainedModel:
     return finish_quantized(model)
 
 
-def _class(family: Family, kind: str) -> Callable[..., Any]:
-    return getattr(importlib.import_module(family.module), family.prefix + kind)
+def _made(family: Family, kind: str, config: PreTrainedConfig, *arguments: Any) -> Any:
+    """One of transformers' modules on the meta device; InputError when the config describes none."""
+    create: Callable[..., Any] = getattr(importlib.import_module(family.module), family.prefix + kind)
+    try:
+        with torch.device("meta"):
+            return create(config, *arguments)
+    # What a wrong value makes transformers stumble over depends on the value: an unknown activation is a KeyError.
+    except (LookupError, AttributeError, ValueError, TypeError, ArithmeticError, RuntimeError) as error:
+        raise InputError(
+            f"config.json describes no {family.prefix} model that transformers can make: {error!r}",
+            "Copy config.json again.",
+        ) from error
 
 
 def _assign(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:

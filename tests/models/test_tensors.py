@@ -73,6 +73,8 @@ def test_unknown_architecture_is_one_sentence() -> None:
 
 def test_model_type_decides_without_architectures() -> None:
     assert describe(LlamaConfig(architectures=None)).name == "llama"
+    with pytest.raises(InputError, match="MixtralForCausalLM and the model_type llama"):
+        describe(LlamaConfig(architectures=["MixtralForCausalLM"]))
     assert len({family.name for family in FAMILIES}) == len(FAMILIES)
 
 

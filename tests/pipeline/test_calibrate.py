@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from atomcli.errors import InputError
 from atomcli.pipeline.calibrate import TOKENS, calibrate, open_calibration
@@ -61,3 +62,14 @@ def test_damaged_tokens_are_noticed(parent, tokens, tmp_path):
     path.write_bytes(data)
     with pytest.raises(InputError, match="is damaged"):
         open_calibration(tmp_path / "out", parent())
+
+
+def test_a_damaged_artifact_is_named(parent, tokens, tmp_path):
+    artifact = calibrate(parent(), small_recipe(), tmp_path / "out", tokens=tokens, device="cpu")
+    for damage in ("[]", "3", '{"model": "x"}'):
+        (tmp_path / "out" / "calibration.json").write_text(f'{{"identity": {damage}}}')
+        with pytest.raises(InputError, match=r"calibration\.json is damaged"):
+            open_calibration(tmp_path / "out", parent())
+    save_file({"qkv.energy": torch.ones(80)}, tmp_path / "out" / "statistics-00001.safetensors")
+    with pytest.raises(InputError, match=r"statistics-00001\.safetensors lacks qkv\.maximum"):
+        artifact.statistics(0)

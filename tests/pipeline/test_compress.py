@@ -136,7 +136,7 @@ def test_a_rule_that_splits_experts_is_refused(parent, tokens, tmp_path):
 
 
 def test_more_outliers_than_channels_is_refused(parent, tokens, tmp_path):
-    with pytest.raises(UsageError, match=r"outliers\.channels is 128, but model\.layers\.0\.self_attn\.q_proj"):
+    with pytest.raises(UsageError, match=r"has 128 outliers, but model\.layers\.0\.self_attn\.q_proj"):
         compress(parent(), small_recipe(outliers={"channels": 128}), tmp_path / "out", tokens=tokens, device="cpu")
 
 
@@ -248,6 +248,7 @@ def test_a_checkpoint_that_computes_something_else_is_not_published(parent, toke
         (torch.zeros(4, dtype=torch.int64), "shape"),
         (torch.zeros(1, 1, dtype=torch.int64), "shape"),
         (torch.full((2, 8), 97), "token 97"),
+        (torch.tensor([[3, -1, 5]]), "token -1"),
     ],
 )
 def test_bad_tokens_are_refused(bad, message, parent, tmp_path):

@@ -208,6 +208,18 @@ def test_edited_configs_are_refused(tmp_path: Path, change: Any, message: str) -
         decoder.load_checkpoint(tmp_path / "out")
 
 
+@pytest.mark.parametrize("change", [{"hidden_act": "nonsense"}, {"rope_parameters": {"rope_type": "nonsense"}}])
+def test_a_config_that_no_module_can_be_made_of_is_refused(change: dict[str, Any]) -> None:
+    _, source = random_parent("llama")
+    for key, value in change.items():
+        setattr(source.config, key, value)
+    with pytest.raises(InputError, match=r"describes no Llama model .*nonsense"):
+        decoder.empty_model(describe(source.config), source.config)
+    if "hidden_act" in change:
+        with pytest.raises(InputError, match=r"describes no Llama model .*nonsense"):
+            decoder.empty_block(describe(source.config), source.config, 0)
+
+
 def test_unreadable_configs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"holds no config\.json"):
         decoder.load_checkpoint(tmp_path)

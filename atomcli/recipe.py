@@ -6,13 +6,12 @@ Everything a run depends on is in the resolved recipe, which is saved with the r
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -29,6 +28,7 @@ from atomcli.formats.scheme import (
     WeightFormat,
     scheme_named,
 )
+from atomcli.recipe_errors import did_you_mean, explain
 from atomcli.resources import resource_directory
 
 # format -> its own group and scale type (OCP MX, NVFP4)
@@ -347,7 +347,7 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     path = shipped.get(text, Path(text))
     if not path.is_file():
         raise UsageError(
-            f"no recipe {text!r}: it is neither a file nor one of {', '.join(shipped)}{_did_you_mean(text, shipped)}",
+            f"no recipe {text!r}: it is neither a file nor one of {', '.join(shipped)}{did_you_mean(text, shipped)}",
             "see `atom recipes list`",
         )
     try:
@@ -364,81 +364,7 @@ def parse_recipe(data: Mapping[str, Any], where: str = "the recipe") -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        raise UsageError(f"{where}: {_explain(error)}", "`atom recipes show atom-w4a4` has every key") from error
-
-
-def override(
-    recipe: Recipe,
-    *,
-    bits: int | None = None,
-    group: int | None = None,
-    outliers: int | None = None,
-    kv_cache: str | None = None,
-    rounding: str | None = None,
-    clip: float | str | None = None,
-    transform: str | None = None,
-    dataset: str | None = None,
-    samples: int | None = None,
-    sequence_length: int | None = None,
-    seed: int | None = None,
-    bits_per_weight: float | None = None,
-    memory: str | None = None,
-    max_kld: float | None = None,
-    latency: float | None = None,
-    costs: str | None = None,
-    candidates: list[str] | None = None,
-) -> Recipe:
-    """The recipe with the given command-line values in place of its own; None leaves a key alone.
-
-    `bits` sets the formats of weights and activations to int4 or int8, except where a format is `none` or already
-    has that many bits. Raises UsageError as `load_recipe` does.
-    """
-    data = recipe.model_dump(mode="json")
-    if bits is not None:
-        if bits not in (4, 8):
-            raise UsageError(f"--bits is {bits}; allowed are 4 and 8", "see `atom recipes list` for other formats")
-        for section in ("weights", "activations"):
-            current = data[section]["format"]
-            if current != "none" and (8 if current == "int8" else 4) != bits:
-                data[section] |= {"format": f"int{bits}", "scale": "absmax"}
-                data[section]["group"] = data[section]["group"] or 128
-                if section == "activations" and bits == 8:
-                    data[section]["symmetric"] = True
-    if group is not None:
-        if group not in GROUPS:
-            raise UsageError(f"--group is {group}; allowed are {', '.join(map(str, GROUPS))}")
-        grouped = [section for section in ("weights", "activations") if data[section]["group"] is not None]
-        if not grouped:
-            raise UsageError(
-                f"--group is {group}, but the recipe {recipe.name} has one scale for all channels",
-                "leave it away, or choose another of `atom recipes list`",
-            )
-        for section in grouped:
-            data[section]["group"] = group
-    changes: dict[str, dict[str, Any]] = {
-        "outliers": {"channels": outliers},
-        "kv_cache": {"format": kv_cache},
-        "weights": {"rounding": rounding, "clip": clip},
-        "calibration": {"dataset": dataset, "samples": samples, "sequence_length": sequence_length, "seed": seed},
-    }
-    for section, values in changes.items():
-        data[section] |= {key: value for key, value in values.items() if value is not None}
-    if transform is not None:
-        data["transform"] = transform
-    budget = {"bits_per_weight": bits_per_weight, "memory": memory, "max_kld": max_kld, "latency": latency}
-    if any(value is not None for value in budget.values()):
-        data["select"] = (data["select"] or {}) | budget  # one budget takes the place of the recipe's
-    more = {key: value for key, value in (("costs", costs), ("candidates", candidates)) if value}
-    if more:
-        if data["select"] is None:
-            raise UsageError(
-                f"--{'costs' if costs else 'candidate'} needs a budget",
-                "give one of --bits-per-weight, --memory, --max-kld and --latency",
-            )
-        if costs and data["select"]["latency"] is None:
-            raise UsageError("--costs is for the budget --latency, which wasn't given", "add --latency MICROSECONDS")
-        data["select"] |= more
-    return parse_recipe(data, "the recipe with the command-line options")
+        raise UsageError(f"{where}: {explain(error, Recipe)}", "`atom recipes show atom-w4a4` has every key") from error
 
 
 def _known_scheme(name: str) -> str:
@@ -446,47 +372,6 @@ def _known_scheme(name: str) -> str:
         scheme_named(name)
     except UsageError as error:
         raise ValueError(
-            f"must be one of {', '.join(sorted(SCHEMES))} or a variant such as w4a8-o64{_did_you_mean(name, SCHEMES)}"
+            f"must be one of {', '.join(sorted(SCHEMES))} or a variant such as w4a8-o64{did_you_mean(name, SCHEMES)}"
         ) from error
     return name
-
-
-def _did_you_mean(word: str, valid: Any) -> str:
-    nearest = difflib.get_close_matches(str(word), [str(each) for each in valid], n=1)
-    return f"; did you mean {nearest[0]}?" if nearest else ""
-
-
-def _keys_at(location: tuple[int | str, ...]) -> list[str]:
-    """The valid keys of the section that a pydantic location points into."""
-    model: Any = Recipe
-    for part in location:
-        if isinstance(part, int):
-            continue
-        annotation = model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None
-        model = _section_in(annotation) or model
-    return list(model.model_fields)
-
-
-def _section_in(annotation: Any) -> type[Section] | None:
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return annotation
-    return next((found for each in get_args(annotation) if (found := _section_in(each))), None)
-
-
-def _explain(error: ValidationError) -> str:
-    """One sentence about the first of pydantic's findings."""
-    finding = error.errors()[0]
-    location = tuple(part for part in finding["loc"] if part not in ("float", "literal['search']", "int"))
-    key = ".".join(str(part) for part in location)
-    if finding["type"] == "extra_forbidden":
-        valid = _keys_at(location[:-1])
-        return f"unknown key {key}; allowed are {', '.join(valid)}{_did_you_mean(str(location[-1]), valid)}"
-    if finding["type"] == "missing":
-        return f"the key {key} is missing"
-    message = finding["msg"].removeprefix("Value error, ")
-    if finding["type"] == "literal_error":
-        valid = [part.strip(" '") for part in finding["ctx"]["expected"].replace(" or ", ", ").split(",")]
-        message = f"allowed are {', '.join(valid)}{_did_you_mean(str(finding['input']), valid)}"
-    if not key or isinstance(finding["input"], dict):
-        return f"{key}: {message}" if key else message
-    return f"{key} is {finding['input']!r}: {message[0].lower()}{message[1:]}"

@@ -7,7 +7,8 @@ import yaml
 
 from atomcli.errors import UsageError
 from atomcli.formats.scheme import ActivationFormat, KVFormat, Scheme, WeightFormat, scheme_named
-from atomcli.recipe import load_recipe, override, parse_recipe, shipped_recipes, size_in_bytes
+from atomcli.overrides import override
+from atomcli.recipe import load_recipe, parse_recipe, shipped_recipes, size_in_bytes
 
 SHIPPED = {
     "atom-paper", "atom-w4a4", "rtn-w4a4", "atom-best", "atom-w4a8", "w8a8", "w4a16", "fp4", "mxfp4", "nvfp4",

@@ -59,7 +59,8 @@ def default_output(model: str, suffix: str) -> Path:
 def resolve(recipe: str, **changes: Any) -> Any:
     """The recipe with the command line's values in place of its own, and a note for what was changed."""
     from atomcli.cli.console import console
-    from atomcli.recipe import load_recipe, override
+    from atomcli.overrides import override
+    from atomcli.recipe import load_recipe
 
     loaded = load_recipe(recipe)
     if isinstance(clip := changes.get("clip"), str):

@@ -365,6 +365,8 @@ def parse_recipe(data: Mapping[str, Any], where: str = "the recipe") -> Recipe:
         return Recipe.model_validate(data)
     except ValidationError as error:
         raise UsageError(f"{where}: {explain(error, Recipe)}", "`atom recipes show atom-w4a4` has every key") from error
+    except UsageError as error:  # a combination that no format has
+        raise UsageError(f"{where}: {error.what}", error.hint) from error
 
 
 def _known_scheme(name: str) -> str:

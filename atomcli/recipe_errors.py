@@ -5,6 +5,15 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
+# What pydantic says about a value of the wrong type, in the words of a YAML file.
+_WORDS = {
+    "model_type": "must be a mapping of keys to values",
+    "int_parsing": "must be a whole number",
+    "float_parsing": "must be a number",
+    "bool_parsing": "must be true or false",
+    "string_type": "must be text",
+}
+
 
 def did_you_mean(word: str, valid: Any) -> str:
     """The nearest valid word as the end of a sentence, or nothing where none is near."""
@@ -22,7 +31,7 @@ def explain(error: ValidationError, recipe: type[BaseModel]) -> str:
         return f"unknown key {key}; allowed are {', '.join(valid)}{did_you_mean(str(location[-1]), valid)}"
     if finding["type"] == "missing":
         return f"the key {key} is missing"
-    message = finding["msg"].removeprefix("Value error, ")
+    message = _WORDS.get(finding["type"], finding["msg"].removeprefix("Value error, "))
     if finding["type"] == "literal_error":
         valid = [part.strip(" '") for part in finding["ctx"]["expected"].replace(" or ", ", ").split(",")]
         message = f"allowed are {', '.join(valid)}{did_you_mean(str(finding['input']), valid)}"

@@ -52,6 +52,15 @@ def quantize(
 
     Calibrates first when no --calibration is given. Interrupted, the same command continues where it stopped.
     """
+    if plan is not None:
+        for option, value in (
+            ("--bits-per-weight", bits_per_weight),
+            ("--memory", memory),
+            ("--max-kld", max_kld),
+            ("--latency", latency),
+        ):
+            if value is not None:
+                raise UsageError(f"{option} is a budget, and --plan has a scheme for every layer", "leave one away")
     resolved = options.resolve(
         recipe,
         bits=bits,

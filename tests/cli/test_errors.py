@@ -48,6 +48,7 @@ def bad_recipe(tmp_path):
             ["eval", "ppl", "a", "--against", "b", "--convention", "word", "--max-ratio", "2"],
         ),
         ("group-of-rows", ["quantize", "demo", "--recipe", "w8a8", "--group", "64"]),
+        ("plan-and-budget", ["quantize", "demo", "--plan", "plan.json", "--memory", "1GB"]),
         ("window-length", ["eval", "kld", "demo", "--window-length", "1"]),
     ],
 )
@@ -66,6 +67,9 @@ def test_wrong_usage_exits_2(name, arguments, atom, snapshot):
         ("section", "weigths: {format: int4}"),
         ("disagreement", "weights: {group: 64}\nactivations: {group: 128}"),
         ("list", "- weights"),
+        ("section-of-a-number", "weights: 4"),
+        ("group-of-text", "weights: {group: none}"),
+        ("combination", "kv_cache: {format: int4, position: before_rope, hadamard: true}"),
     ],
 )
 def test_wrong_recipe_exits_2(name, text, bad_recipe, atom, snapshot):

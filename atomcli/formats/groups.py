@@ -6,14 +6,8 @@ import torch
 from torch import Tensor
 
 
-def group_bounds(channels: int, group: int | None) -> list[tuple[int, int]]:
-    """Half-open channel ranges of the groups; the last may be ragged, and group None is one group of everything."""
-    size = group or channels
-    return [(start, min(start + size, channels)) for start in range(0, channels, size)]
-
-
 def group_count(channels: int, group: int | None) -> int:
-    """Number of groups that `channels` are cut into."""
+    """Number of groups that `channels` are cut into: the last may be ragged, and group None is one of everything."""
     return -(-channels // (group or channels)) if channels else 0
 
 

@@ -11,7 +11,6 @@ from atomcli.formats.groups import group_count
 Element = Literal["int4", "int8", "e2m1", "float"]
 ScaleKind = Literal["fp16", "two_level", "e8m0", "e4m3", "row"]
 
-ELEMENTS = ("int4", "int8", "e2m1", "float")
 GROUPS = (16, 32, 64, 128, 256)
 TRANSFORMS = ("none", "hadamard")
 OUTLIER_BITS = 8
@@ -30,7 +29,7 @@ _COMBINATIONS: dict[tuple[str, str], tuple[int | None, ...]] = {
     ("float", "row"): (None,),
 }
 _SCALE_BITS = {"fp16": 16, "two_level": 8, "e8m0": 8, "e4m3": 8}
-_KV_BITS = {"int4": 4.0, "int8": 8.0, "float": 16.0}
+_KV_ELEMENTS = ("int4", "int8", "float")
 _KV_POSITIONS = ("before_rope", "after_rope")
 _NAMES = {("e2m1", "fp16"): "fp4", ("e2m1", "e8m0"): "mxfp4", ("e2m1", "e4m3"): "nvfp4"}
 
@@ -182,17 +181,13 @@ class KVFormat:
     bias_free: bool = True
 
     def __post_init__(self) -> None:
-        if self.element not in _KV_BITS or self.position not in _KV_POSITIONS:
+        if self.element not in _KV_ELEMENTS or self.position not in _KV_POSITIONS:
             raise UsageError(
-                f"A cache holds {', '.join(_KV_BITS)} elements {' or '.join(_KV_POSITIONS)}, "
+                f"A cache holds {', '.join(_KV_ELEMENTS)} elements {' or '.join(_KV_POSITIONS)}, "
                 f"not {self.element} {self.position}."
             )
         if self.hadamard and self.position == "before_rope":
             raise UsageError("A Hadamard on keys is applied after RoPE; kv_cache.position must be after_rope.")
-
-    def bits_per_value(self, head_dim: int) -> float:
-        """Stored bits per cached number, with the fp16 scale and minimum per token and head."""
-        return _KV_BITS[self.element] + (0 if self.element == "float" else 32 / head_dim)
 
     def to_dict(self) -> dict[str, Any]:
         """The format as plain data."""

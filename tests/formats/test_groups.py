@@ -10,12 +10,12 @@ from atomcli.formats.layout import InputLayout
 
 @pytest.mark.parametrize("channels", [1, 127, 128, 448, 576, 577])
 def test_groups_cover_all_channels_once(channels: int) -> None:
-    bounds = groups.group_bounds(channels, 128)
-    assert [stop for _, stop in bounds[:-1]] == [start for start, _ in bounds[1:]]
-    assert (bounds[0][0], bounds[-1][1]) == (0, channels)
-    assert len(bounds) == groups.group_count(channels, 128)
-    ids = groups.expand(torch.arange(len(bounds)), channels, 128)
+    count = groups.group_count(channels, 128)
+    ids = groups.expand(torch.arange(count), channels, 128)
     assert ids.tolist() == [channel // 128 for channel in range(channels)]
+    cut = groups.split(torch.arange(1, channels + 1), 128)
+    assert cut.shape == (count, 128)
+    assert cut.flatten().tolist() == [*range(1, channels + 1), *[0] * (128 * count - channels)]
 
 
 def test_a_ragged_group_is_cut_into_powers_of_two() -> None:

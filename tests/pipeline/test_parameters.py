@@ -42,9 +42,10 @@ def test_a_folded_block_computes_the_same(family, prepared):
         assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_o_is_folded_into_v_where_the_heads_allow_it(prepared):
-    """One head that is not shared: any order of its channels is inside the head."""
-    walk, plan, artifact = prepared("llama", num_attention_heads=1, num_key_value_heads=1, head_dim=48)
+@pytest.mark.parametrize("family", ["llama", "llama_biased"])
+def test_o_is_folded_into_v_where_the_heads_allow_it(family, prepared):
+    """One head that is not shared: any order of its channels, and of v's biases, is inside the head."""
+    walk, plan, artifact = prepared(family, num_attention_heads=1, num_key_value_heads=1, head_dim=48)
     tensors = walk.read(0)
     folded, energies = fold(tensors, walk, 0, plan, artifact.statistics(0))
     assert not torch.equal(folded["self_attn.v_proj.weight"], tensors["self_attn.v_proj.weight"])

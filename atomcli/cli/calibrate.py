@@ -1,5 +1,6 @@
 """`atom calibrate`: what a model's inputs look like, once, for many recipes."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -27,7 +28,8 @@ def calibrate(
 
     Text is streamed through MODEL once; `atom quantize --calibration DIR` then starts from the result.
     """
-    resolved = options.resolve(recipe, dataset=dataset, samples=samples, sequence_length=sequence_length, seed=seed)
+    text = {"dataset": dataset, "samples": samples, "sequence_length": sequence_length, "seed": seed}
+    resolved = options.resolve(recipe, **text)
     out = output or options.default_output(model, "calibration")
     log.to_file("calibrate")
     from atomcli.checkpoint.source import open_source
@@ -43,4 +45,5 @@ def calibrate(
     with Progress() as progress:
         run(source, resolved, out, device=device, progress=progress)
     console.result({"model": model, "calibration": out}, f"calibration of {model} in {out}")
-    console.note(f"next: atom quantize {model} --recipe {recipe} --calibration {out}")
+    same = options.flags(recipe=recipe, **text, calibration=out)
+    console.note(f"next: {shlex.join(['atom', 'quantize', model, *same])}")

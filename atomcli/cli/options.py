@@ -78,6 +78,12 @@ def resolve(recipe: str, **changes: Any) -> Any:
     return resolved
 
 
+def flags(**values: Any) -> list[str]:
+    """The words of a command line that give these values to the options of the same names; None is left out."""
+    given = {f"--{name.replace('_', '-')}": str(value) for name, value in values.items() if value is not None}
+    return [word for option in given.items() for word in option]
+
+
 def _number(text: str) -> float | str:
     try:
         return float(text)

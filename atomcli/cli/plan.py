@@ -1,5 +1,6 @@
 """`atom plan`: which scheme each layer would get, what the model would weigh and lose, before it is made."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -88,15 +89,17 @@ def plan(
 
     source = open_source(model)
     walk = start_walk(source, device)
+    if calibration is None and resolved.select is not None:
+        calibration = options.default_output(model, "calibration")
     groups = groups_of(resolved, walk)
     budget.refuse_out_of_reach(resolved, walk, groups)
     points: list[Point] = []
-    if resolved.select is None and calibration is None:
+    if calibration is None:
         made = uniform(resolved, walk)
         size, bits_now = budget.plan_bytes(walk, groups, made, resolved.transform_seed is not None)
         prediction: dict[str, Any] = {"bytes": size, "bits_per_weight": bits_now, "kld": None}
     else:
-        found = _sensitivities(walk, resolved, calibration or options.default_output(model, "calibration"), groups)
+        found = _sensitivities(walk, resolved, calibration, groups)
         if resolved.select is not None:
             made = select(resolved, walk, found)
         else:
@@ -110,7 +113,19 @@ def plan(
         _draw(points, prediction, plot)
     _say(model, made, groups, prediction, points)
     if output is not None:
-        console.note(f"next: atom quantize {model} --recipe {recipe} --plan {output}")
+        same = options.flags(
+            recipe=recipe,
+            bits=bits,
+            group=group,
+            outliers=outliers,
+            kv_cache=kv_cache,
+            rounding=rounding,
+            clip=clip,
+            transform=transform,
+            calibration=calibration,
+            plan=output,
+        )
+        console.note(f"next: {shlex.join(['atom', 'quantize', model, *same])}")
 
 
 def _sensitivities(walk: Any, recipe: Any, directory: Path, groups: Sequence["Group"]) -> Any:

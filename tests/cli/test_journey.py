@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shlex
 import shutil
 from pathlib import Path
 
@@ -70,10 +71,12 @@ def test_interrupted_it_says_so_and_resumes(atom, tiny_model, quantize_options, 
 
 def test_calibrate_once_then_quantize(atom, tiny_model, quantize_options, tmp_path):
     text = quantize_options[:6]
-    assert atom("calibrate", tiny_model, "-o", tmp_path / "calibration", *text).code == 0
-    shape = quantize_options[6:]
-    again = atom("quantize", tiny_model, "-o", tmp_path / "a", "--calibration", tmp_path / "calibration", *shape)
+    outcome = atom("calibrate", tiny_model, "-o", tmp_path / "calibration", *text)
+    assert outcome.code == 0
+    (next_command,) = [line for line in outcome.err.splitlines() if line.startswith("next: atom quantize")]
+    again = atom("quantize", *shlex.split(next_command)[3:], "-o", tmp_path / "a", *quantize_options[6:])
     assert again.code == 0, again.err
+    assert "warning" not in again.err
     assert atom("quantize", tiny_model, "-o", tmp_path / "b", *quantize_options).code == 0
     for shard in (tmp_path / "a").glob("*.safetensors"):
         assert shard.read_bytes() == (tmp_path / "b" / shard.name).read_bytes()

@@ -1,6 +1,7 @@
 """`atom plan`: sizes for nothing, a plan for a budget, and `quantize --plan` that follows it."""
 
 import json
+import shlex
 
 import pytest
 
@@ -41,9 +42,10 @@ def test_a_plan_is_printed_and_followed(atom, tiny_model, quantize_options, cali
     assert [point["kld"] for point in planned["frontier"]] == sorted(
         (point["kld"] for point in planned["frontier"]), reverse=True
     )
-    for number, how in enumerate((["--plan", tmp_path / "plan.json"], ["--bits-per-weight", 7, *CANDIDATES])):
+    (next_command,) = [line for line in outcome.err.splitlines() if line.startswith("next: atom quantize")]
+    for number, words in enumerate((shlex.split(next_command)[3:], [tiny_model, *calibrated, *shape])):
         out = tmp_path / f"out-{number}"
-        done = atom("quantize", tiny_model, "-o", out, *calibrated, "--outliers", 16, "--group", 16, *how)
+        done = atom("quantize", *words, "-o", out)
         assert done.code == 0, done.err
         assert "the plan predicted" in done.err
         made = json.loads(atom("inspect", out, "--json").out)

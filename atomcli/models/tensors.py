@@ -101,6 +101,7 @@ def account(
     `names` are the tensors on disk; `shape` looks one's shape up without reading it. Raises InputError naming
     tensors that are missing, that belong nowhere, or that have the wrong shape.
     """
+    _refuse_routing(family, config)
     present = frozenset(names)
     quantizable: dict[str, str] = {}
     kept = outer_tensors(family, config)
@@ -132,6 +133,22 @@ def account(
                     "The files and config.json belong to different models.",
                 )
     return Account(quantizable, kept, frozenset(ignored))
+
+
+def _refuse_routing(family: Family, config: PreTrainedConfig) -> None:
+    count = 0 if family.experts is None else getattr(config, family.experts.count)
+    if count <= 0:
+        return
+    if not 0 < config.num_experts_per_tok <= count:
+        raise InputError(
+            f"config.json routes each token to {config.num_experts_per_tok} experts of {count}",
+            "Copy config.json again.",
+        )
+    if getattr(config, "decoder_sparse_step", 1) < 1:
+        raise InputError(
+            f"config.json has decoder_sparse_step {config.decoder_sparse_step}; it is at least 1",
+            "Copy config.json again.",
+        )
 
 
 def _disk_name(family: Family, name: str) -> str:

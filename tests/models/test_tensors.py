@@ -64,6 +64,22 @@ def test_known_duplicates_are_ignored() -> None:
     assert accounted.ignored == extra
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_experts_per_tok": 9}, "routes each token to 9 experts of 4"),
+        ({"num_experts_per_tok": 0}, "routes each token to 0 experts of 4"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step 0"),
+    ],
+)
+def test_routing_that_can_not_be_is_refused(change: dict[str, int], message: str) -> None:
+    _, source = random_parent("qwen3_moe", num_hidden_layers=1)
+    for key, value in change.items():
+        setattr(source.config, key, value)
+    with pytest.raises(InputError, match=message):
+        account(describe(source.config), source.config, source.names())
+
+
 def test_unknown_architecture_is_one_sentence() -> None:
     with pytest.raises(UnsupportedError, match="no description of GPT2LMHeadModel") as caught:
         describe(GPT2Config(architectures=["GPT2LMHeadModel"]))

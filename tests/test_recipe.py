@@ -119,6 +119,9 @@ def test_overrides():
     assert recipe.weights.rounding == "rtn"
     assert override(load_recipe("atom-best"), bits=8).scheme().weights == WeightFormat("int8", 128, "fp16")
     assert override(load_recipe("atom-w4a4"), bits=4) == load_recipe("atom-w4a4")
+    eight = override(load_recipe("atom-w4a4"), bits=8)
+    assert (eight.weights.clip, eight.activations.clip) == (1.0, 1.0)
+    assert override(load_recipe("atom-w4a4"), bits=8, clip=0.9).weights.clip == 0.9
     for wrong, message in (({"bits": 5}, "--bits is 5"), ({"group": 100}, "--group is 100")):
         with pytest.raises(UsageError, match=message):
             override(recipe, **wrong)

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from atomcli.checkpoint.files import read_json, write_error, write_json
+from atomcli.checkpoint.files import TEMPORARY, read_json, write_error, write_json
 from atomcli.checkpoint.manifest import JOURNAL
 from atomcli.errors import InputError, UsageError
 
@@ -86,6 +86,8 @@ class Journal:
                     "repeat the command it was started with to continue it, or delete the directory to start over",
                 )
             _LOG.warning("starting over in %s: %s", directory, changed)
+        else:
+            _refuse_foreign(directory)
         clear(directory)
         journal = cls(directory, wanted, torch.get_num_threads(), [])
         journal._write()
@@ -140,9 +142,22 @@ def _bring_back(directory: Path) -> None:
         kept.replace(directory / JOURNAL)
 
 
+def _refuse_foreign(directory: Path) -> None:
+    """A directory without a journal is no run's: what somebody keeps there must not be emptied."""
+    foreign = sorted(path.name for path in directory.iterdir() if path.name != LOCK and path.suffix != TEMPORARY)
+    if foreign:
+        raise UsageError(
+            f"{directory} holds {foreign[0]}, but no journal of an unfinished run",
+            "move the directory away, or choose another output with -o",
+        )
+
+
 def clear(directory: Path) -> None:
-    """Empty a run's directory, but for the lock that this process holds."""
-    for path in directory.iterdir():
+    """Empty a run's directory, but for the lock that this process holds; the journal goes last.
+
+    A directory that was being emptied when its process died is thereby still known as a run's.
+    """
+    for path in sorted(directory.iterdir(), key=lambda path: path.name == JOURNAL):
         if path.name == LOCK:
             continue
         if path.is_dir() and not path.is_symlink():

@@ -1,12 +1,13 @@
 """The journal: what is published is there, what changed is said, and nobody else writes."""
 
 import contextlib
+from pathlib import Path
 
 import pytest
 import torch
 
 from atomcli.errors import InputError, UsageError
-from atomcli.pipeline.journal import LOCK, Journal, differences, locked
+from atomcli.pipeline.journal import LOCK, Journal, clear, differences, locked
 
 IDENTITY = {"recipe": {"weights": {"clip": 0.85}}, "model": "a" * 64}
 
@@ -19,13 +20,30 @@ def test_steps_come_back_in_order(tmp_path):
     assert [step["block"] for step in Journal.open(tmp_path, IDENTITY).steps] == [0, 1]
 
 
-def test_a_new_journal_clears_what_no_journal_mentions(tmp_path):
-    (tmp_path / "left").mkdir()
-    (tmp_path / "left" / "over").write_text("x")
-    (tmp_path / "model-00001.safetensors.tmp").write_text("x")
+def test_a_new_journal_clears_what_a_crash_before_it_left(tmp_path):
+    (tmp_path / "journal.json.tmp").write_text("x")
     with locked(tmp_path):
         Journal.open(tmp_path, IDENTITY)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["journal.json", LOCK]
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_directory_that_no_run_made_is_left_alone(tmp_path, restart):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "draft.tex").write_text("x")
+    with locked(tmp_path), pytest.raises(UsageError, match="holds thesis, but no journal"):
+        Journal.open(tmp_path, IDENTITY, restart=restart)
+    assert (tmp_path / "thesis" / "draft.tex").read_text() == "x"
+
+
+def test_emptying_takes_the_journal_last(tmp_path, monkeypatch):
+    for name in ("a", "journal.json", "z"):
+        (tmp_path / name).write_text("x")
+    removed = []
+    monkeypatch.setattr(Path, "unlink", lambda path: removed.append(path.name))
+    clear(tmp_path)
+    assert sorted(removed[:2]) == ["a", "z"]
+    assert removed[2] == "journal.json"
 
 
 def test_a_journal_of_a_published_directory_is_dropped(tmp_path):

@@ -18,7 +18,7 @@ def inspect(
 
     Every layer with its scheme, bits per weight, bytes and error, and whether the files are whole.
     """
-    from atomcli.cli.layers import read_contents
+    from atomcli.checkpoint.contents import read_contents
 
     contents = read_contents(checkpoint)
     if verify:

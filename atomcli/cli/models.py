@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from atomcli.checkpoint.contents import is_checkpoint, read_contents, refuse_unfinished
 from atomcli.cli.console import console
-from atomcli.cli.layers import is_checkpoint, read_contents, refuse_unfinished
 from atomcli.errors import UsageError
 
 

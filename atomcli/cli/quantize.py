@@ -10,7 +10,6 @@ import typer
 from atomcli.cli import log, options
 from atomcli.cli.command import command
 from atomcli.cli.console import byte_count, console, duration
-from atomcli.cli.layers import is_checkpoint, read_contents
 from atomcli.errors import UsageError
 
 
@@ -81,6 +80,7 @@ def quantize(
         costs=costs,
         candidates=candidate,
     )
+    from atomcli.checkpoint.contents import is_checkpoint
     from atomcli.checkpoint.writer import refuse_occupied
 
     out = output or options.default_output(model, resolved.name)
@@ -115,6 +115,8 @@ def quantize(
 
 def _say_result(model: str, out: Path, report: dict[str, Any], took: float) -> None:
     """The sizes, and the three commands one wants next."""
+    from atomcli.checkpoint.contents import read_contents
+
     contents = read_contents(out)
     next_commands = [
         shlex.join(["atom", "eval", "kld", str(out), "--against", model]),

@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from atomcli.checkpoint.directory import CONFIG, read_json
+from atomcli.checkpoint.manifest import JOURNAL, read_manifest, read_report
+from atomcli.checkpoint.tensorfile import DTYPES
+from atomcli.checkpoint.writer import unfinished
 from atomcli.errors import InputError
 
 
@@ -58,9 +62,6 @@ def is_checkpoint(path: Path) -> bool:
 
 def read_contents(directory: Path) -> Contents:
     """The contents of a checkpoint from config.json, manifest and report; InputError when it is no checkpoint."""
-    from atomcli.checkpoint.manifest import read_manifest, read_report
-    from atomcli.checkpoint.tensorfile import DTYPES
-
     refuse_unfinished(directory)
     if not directory.is_dir():
         raise InputError(f"there is no checkpoint at {directory}", "give the directory that `atom quantize` wrote")
@@ -88,9 +89,6 @@ def read_contents(directory: Path) -> Contents:
 
 def refuse_unfinished(directory: Path) -> None:
     """InputError for a checkpoint that is still being made, by its own name or by the one that it will have."""
-    from atomcli.checkpoint.manifest import JOURNAL
-    from atomcli.checkpoint.writer import unfinished
-
     if directory.name and not directory.exists():
         directory = unfinished(directory)
     if (directory / JOURNAL).is_file():
@@ -105,7 +103,5 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def _quantization(directory: Path) -> dict[str, Any]:
-    from atomcli.checkpoint.directory import CONFIG, read_json
-
     found = read_json(directory / CONFIG, missing_ok=True).get("quantization_config")
     return found if isinstance(found, dict) else {}

@@ -9,8 +9,9 @@ from importlib.metadata import PackageNotFoundError, version
 import typer
 
 from atomcli.cli.command import command
-from atomcli.cli.console import Table, byte_count, console
+from atomcli.cli.console import Table, console
 from atomcli.resources import cache_directory
+from atomcli.units import byte_count
 
 # What the package is developed and tested with; the same bounds as in pyproject.toml.
 _REQUIRED = {"torch": (2, 11), "transformers": (5, 17), "safetensors": (0, 6), "typer": (0, 27)}

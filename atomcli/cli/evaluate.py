@@ -6,7 +6,8 @@ from typing import Annotated, Any
 import typer
 
 from atomcli.cli.command import command
-from atomcli.cli.console import Table, byte_count, console
+from atomcli.cli.console import Table, console
+from atomcli.units import byte_count
 
 app = typer.Typer(
     help="Measure accuracy, beside the parent.",

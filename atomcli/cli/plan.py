@@ -9,8 +9,9 @@ import typer
 
 from atomcli.cli import log, options
 from atomcli.cli.command import command
-from atomcli.cli.console import Table, byte_count, console
+from atomcli.cli.console import Table, console
 from atomcli.errors import UsageError
+from atomcli.units import byte_count
 
 if TYPE_CHECKING:
     from atomcli.pipeline.budget import Point

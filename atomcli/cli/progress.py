@@ -5,7 +5,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
-from atomcli.cli.console import byte_count, console, duration
+from atomcli.cli.console import console
+from atomcli.units import byte_count, duration
 
 _SECONDS_BETWEEN_LINES = 15.0
 _SECONDS_TO_RESUME = 0.5  # steps reported this early were not done in this run

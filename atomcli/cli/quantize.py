@@ -9,8 +9,9 @@ import typer
 
 from atomcli.cli import log, options
 from atomcli.cli.command import command
-from atomcli.cli.console import byte_count, console, duration
+from atomcli.cli.console import console
 from atomcli.errors import UsageError
+from atomcli.units import byte_count, duration
 
 
 @command

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from atomcli.cli import console as module
-from atomcli.cli.console import Console, Table, byte_count, duration
+from atomcli.cli.console import Console, Table
+from atomcli.units import byte_count, duration
 
 
 @pytest.fixture

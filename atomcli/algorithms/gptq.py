@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from atomcli.algorithms.clipping import Clip, choose_group_scales, choose_unit
+from atomcli.algorithms.panels import PANEL, run_panel
 from atomcli.algorithms.rounding import round_outliers
 from atomcli.errors import RunError
 from atomcli.formats import grids, scales
+from atomcli.formats.grids import Grid
 from atomcli.formats.scheme import Scheme
 from atomcli.formats.weights import QuantizedWeight
 
@@ -21,8 +23,6 @@ DAMPING = 0.01
 DampingRule = Literal["mean", "relative"]
 # Relative damping of a channel that carries next to nothing: of the mean, so that a dead channel can be decomposed.
 _DEAD = 1e-6
-# Columns whose updates stay inside a cache-sized panel before they reach the rest of the matrix in one product.
-_PANEL = 128
 
 
 def error_factor(hessian: Tensor, damping: float = DAMPING, rule: DampingRule = "mean") -> Tensor:
@@ -66,34 +66,35 @@ def gptq(weight: Tensor, factor: Tensor, importance: Tensor, scheme: Scheme, cli
     if columns.data_ptr() == weight.data_ptr():
         columns = columns.clone()
     codes = torch.empty(body, rows, dtype=torch.int8, device=weight.device)
-    diagonal = factor.diagonal().tolist()
     stored: list[Tensor] = []
     scale = scales.effective(None, format, unit)[:, 0] if format.scale == "row" else torch.empty(0)
-    inverse = grids.reciprocal(scale)
-    for start in range(0, body, _PANEL):
-        end = min(start + _PANEL, body)
-        panel, local = columns[start:end], factor[start:end, start:end]
-        errors = torch.empty_like(panel)
-        for i in range(end - start):
-            position = start + i
-            if position % group == 0 and format.scale != "row":
-                until = min(position + group, body)
-                members = columns[position:until].t()[:, None, :]
-                chosen = choose_group_scales(members, importance[None, position:until], format, clip, unit)
-                assert chosen is not None
-                stored.append(chosen)
-                scale = scales.effective(chosen, format, unit)[:, 0]
-                inverse = grids.reciprocal(scale)
-            column = panel[i]
-            codes[position] = grids.encode(column * inverse, format.grid)
-            error = torch.addcmul(column, grids.decode(codes[position], format.grid), scale, value=-1, out=errors[i])
-            error.div_(diagonal[position])
-            if i + 1 < end - start:
-                panel[i + 1 :].addr_(local[i, i + 1 :], error, alpha=-1)
-        columns[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1)
+    # A panel never crosses the border of a group, where the scale changes.
+    width = min(PANEL, group)
+    for start in range(0, body, width):
+        end = min(start + width, body)
+        if start % group == 0 and format.scale != "row":
+            until = min(start + group, body)
+            members = columns[start:until].t()[:, None, :]
+            chosen = choose_group_scales(members, importance[None, start:until], format, clip, unit)
+            assert chosen is not None
+            stored.append(chosen)
+            scale = scales.effective(chosen, format, unit)[:, 0]
+        panel, local = columns[start:end].clone(), factor[start:end, start:end]
+        run_panel(_round_panel, format.grid, panel, codes[start:end], local, scale, grids.reciprocal(scale))
+        columns[end:].addmm_(factor[start:end, end:].t(), panel, alpha=-1)
     outlier_codes, outlier_scale = round_outliers(columns[body:].t())
     group_scales = _join(stored) if stored else None
     return QuantizedWeight.from_codes(scheme, codes.t().contiguous(), group_scales, unit, outlier_codes, outlier_scale)
+
+
+def _round_panel(grid: Grid, panel: Tensor, codes: Tensor, local: Tensor, scale: Tensor, inverse: Tensor) -> None:
+    """Round the columns (c, N) of a panel one after the other; what is left in `panel` are their errors over U_ii."""
+    for i in range(panel.shape[0]):
+        column = panel[i]
+        codes[i] = grids.encode(column * inverse, grid)
+        column.addcmul_(grids.decode(codes[i], grid), scale, value=-1).div_(local[i, i])
+        if i + 1 < panel.shape[0]:
+            panel[i + 1 :].addr_(local[i, i + 1 :], column, alpha=-1)
 
 
 def _join(stored: list[Tensor]) -> Tensor:

@@ -29,8 +29,6 @@ UINT4 = Grid("int4", 4, 0, 15)  # asymmetric: offset carries the minimum
 INT8 = Grid("int8", 8, -127, 127)
 E2M1 = Grid("e2m1", 4, -6, 6)
 
-_E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-
 
 def reciprocal(scale: Tensor) -> Tensor:
     """1 / scale in fp32, and 0 where the scale is zero, so that an empty group's codes come out 0 instead of NaN."""
@@ -53,7 +51,7 @@ def encode(ratio: Tensor, grid: Grid) -> Tensor:
 def decode(codes: Tensor, grid: Grid) -> Tensor:
     """Values (fp32, same shape) of `codes`."""
     if grid.name == "e2m1":
-        magnitudes = torch.tensor(_E2M1_MAGNITUDES, device=codes.device)
-        table = torch.cat([magnitudes, -magnitudes])
-        return table[codes.int()]
+        index = (codes & 7).float()
+        magnitude = torch.where(index < 4, index * 0.5, torch.where(index < 6, index - 2, index * 2 - 8))
+        return torch.where(codes > 7, -magnitude, magnitude)
     return codes.float()

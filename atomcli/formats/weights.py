@@ -1,5 +1,6 @@
 """Quantized weights: the tensors of one linear layer in a checkpoint, and what they mean."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -109,6 +110,19 @@ class QuantizedWeight:
                 )
             fields[spec.field] = tensor
         return cls(scheme, shape, **fields)
+
+
+def stack_rows(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """Weights (N_i, K) of one scheme under each other, (sum N_i, K); a scale per tensor can't be shared: e4m3 scales
+    are no input."""
+    first = weights[0]
+    assert all(weight.scheme == first.scheme for weight in weights)
+    assert first.scheme.weights.scale != "e4m3", "every weight has a tensor scale of its own"
+    if len(weights) == 1:
+        return first
+    specs = tensor_layout(first.scheme, *first.shape, float_dtype=first.codes.dtype)
+    fields = {spec.field: torch.cat([getattr(weight, spec.field) for weight in weights]) for spec in specs}
+    return QuantizedWeight(first.scheme, (sum(weight.shape[0] for weight in weights), first.shape[1]), **fields)
 
 
 @dataclass(frozen=True)

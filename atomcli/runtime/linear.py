@@ -278,7 +278,7 @@ def share_inputs(linears: list[nn.Module]) -> None:
     quantized = [linear for linear in linears if isinstance(linear, QuantLinear)]
     while quantized:
         first, rest = quantized[0], quantized[1:]
-        same = [first] + [other for other in rest if _reads_alike(first, other)]
+        same = [first] + [other for other in rest if reads_alike(first, other)]
         shared = SharedInput(len(same))
         for linear in same:
             linear.shared_input = shared
@@ -294,7 +294,8 @@ def keep_dequantized_weights(model: nn.Module, limit_bytes: int) -> bool:
     return fits
 
 
-def _reads_alike(first: QuantLinear, second: QuantLinear) -> bool:
+def reads_alike(first: QuantLinear, second: QuantLinear) -> bool:
+    """Whether two linears make the same operand of the same input."""
     a, b = first.scheme, second.scheme
     if (a.activations, a.outliers, a.transform, a.hadamard_block) != (
         b.activations,

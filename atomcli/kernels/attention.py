@@ -1,0 +1,214 @@
+"""Attention on a paged, quantized cache: append new tokens, decode one token per sequence, prefill many.
+
+Three torch operators (`atom::kv_append`, `atom::attention_decode`, `atom::attention_prefill`), so that torch.compile
+and CUDA graphs can hold them. Where no kernel serves, the reference runs.
+"""
+
+import torch
+from torch import Tensor
+
+from atomcli.errors import UnsupportedError
+from atomcli.kernels import attention_reference as reference
+from atomcli.kernels.attention_reference import Rope
+from atomcli.kernels.pages import PageFormat
+
+
+def append(
+    pool: Tensor,
+    fmt: PageFormat,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor,
+    hadamard: bool = False,
+    rotate_keys: bool = True,
+) -> Tensor:
+    """Rotate the queries of T tokens and store their keys and values; returns the rotated queries (T, Hq, D).
+
+    query (T, Hq, D), key and value (T, Hkv, D) bf16, fp16 or fp32; cos and sin fp32 (T, D / 2); slots int64 (T,):
+    page * fmt.page + offset, negative for a token that is not stored. Queries get RoPE and then, with `hadamard`, the
+    Hadamard over head_dim; keys the same, but for RoPE without `rotate_keys`. The tokens may belong to any sequences.
+    Raises UnsupportedError for shapes or dtypes that don't fit each other.
+    """
+    _check(query, pool, fmt)
+    tokens, head_dim, kv_heads = query.shape[0], fmt.head_dim, pool.shape[1]
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.shape != (tokens, kv_heads, head_dim) or tensor.dtype != query.dtype:
+            raise UnsupportedError(
+                f"The {name} is {tensor.dtype} {tuple(tensor.shape)}; the queries and the pool need "
+                f"{query.dtype} {(tokens, kv_heads, head_dim)}."
+            )
+    for name, tensor in (("cos", cos), ("sin", sin)):
+        if tensor.shape != (tokens, head_dim // 2) or tensor.dtype != torch.float32:
+            raise UnsupportedError(f"{name} must be fp32 {(tokens, head_dim // 2)}, not {tuple(tensor.shape)}.")
+    if slots.shape != (tokens,) or slots.dtype != torch.int64:
+        raise UnsupportedError(f"slots must be int64 ({tokens},), not {slots.dtype} {tuple(slots.shape)}.")
+    rotated = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    torch.ops.atom.kv_append(
+        pool, fmt.element, fmt.page, query, key, value, cos, sin, slots, hadamard, rotate_keys, rotated
+    )
+    return rotated
+
+
+def decode(
+    query: Tensor,
+    pool: Tensor,
+    fmt: PageFormat,
+    page_table: Tensor,
+    lengths: Tensor,
+    scaling: float,
+    window: int | None = None,
+    key_bias: Tensor | None = None,
+    value_bias: Tensor | None = None,
+    rope: Rope | None = None,
+    out: Tensor | None = None,
+    *,
+    hadamard: bool = False,
+    keys_rotated: bool = True,
+) -> Tensor:
+    """Attention of one query per sequence, (B, Hq, D) -> (B, Hq, D), over the keys its pages hold.
+
+    query as `append` returned it. page_table int32 (B, max_pages): page p of a row holds its tokens from p * fmt.page,
+    and key j has position j. lengths int32 (B,): keys per sequence, the query's own included; an idle row has 0 and
+    comes out zero. window: keys that a query sees, itself included. key_bias fp32 (Hkv, D), unrotated, is added back to
+    keys that were stored without it, at each key's position; value_bias fp32 (Hkv, D) is added to what was attended.
+    rope: fp32 (positions, D / 2) cosines and sines of every position, needed with key_bias or unrotated keys.
+    hadamard, keys_rotated: what `append` was told. Nothing depends on the values of lengths but the result: one CUDA
+    graph serves them all. Raises UnsupportedError for shapes or dtypes that don't fit each other.
+    """
+    _check(query, pool, fmt)
+    _check_sequences(query, page_table, lengths, key_bias, rope, keys_rotated)
+    if len(lengths) != len(query):
+        raise UnsupportedError(f"{len(query)} queries need as many lengths, not {len(lengths)}.")
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device) if out is None else out
+    cos, sin = (None, None) if rope is None else rope
+    torch.ops.atom.attention_decode(
+        query, pool, fmt.element, fmt.page, page_table, lengths, scaling, window, key_bias, value_bias, cos, sin,
+        hadamard, keys_rotated, out,
+    )  # fmt: skip
+    return out
+
+
+def prefill(
+    query: Tensor,
+    pool: Tensor,
+    fmt: PageFormat,
+    page_table: Tensor,
+    query_starts: Tensor,
+    lengths: Tensor,
+    scaling: float,
+    window: int | None = None,
+    key_bias: Tensor | None = None,
+    value_bias: Tensor | None = None,
+    rope: Rope | None = None,
+    out: Tensor | None = None,
+    *,
+    hadamard: bool = False,
+    keys_rotated: bool = True,
+) -> Tensor:
+    """Causal attention of the last queries of each sequence, (T, Hq, D) -> (T, Hq, D), over the keys its pages hold.
+
+    query_starts int32 (B + 1,): sequence b owns queries query_starts[b] up to query_starts[b + 1], and the last of them
+    is its last key: a chunk of a prompt, or one that continues a shared prefix, has just fewer queries than there are
+    keys, lengths int32 (B,). The rest as in `decode`.
+    """
+    _check(query, pool, fmt)
+    _check_sequences(query, page_table, lengths, key_bias, rope, keys_rotated)
+    if len(query_starts) != len(lengths) + 1 or query_starts.dtype != torch.int32:
+        raise UnsupportedError(f"query_starts must be int32 ({len(lengths) + 1},), not {tuple(query_starts.shape)}.")
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device) if out is None else out
+    cos, sin = (None, None) if rope is None else rope
+    torch.ops.atom.attention_prefill(
+        query, pool, fmt.element, fmt.page, page_table, query_starts, lengths, scaling, window, key_bias, value_bias,
+        cos, sin, hadamard, keys_rotated, out,
+    )  # fmt: skip
+    return out
+
+
+def _check(query: Tensor, pool: Tensor, fmt: PageFormat) -> None:
+    if query.dim() != 3 or query.shape[2] != fmt.head_dim:
+        raise UnsupportedError(f"Queries are (tokens, heads, {fmt.head_dim}), not {tuple(query.shape)}.")
+    if pool.dim() != 3 or pool.shape[2] != fmt.bytes or pool.dtype != torch.uint8 or not pool.is_contiguous():
+        raise UnsupportedError(f"A pool is contiguous uint8 (pages, heads, {fmt.bytes}), not {tuple(pool.shape)}.")
+    if query.shape[1] % pool.shape[1]:
+        raise UnsupportedError(f"{query.shape[1]} query heads can't share {pool.shape[1]} KV heads evenly.")
+
+
+def _check_sequences(
+    query: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    key_bias: Tensor | None,
+    rope: Rope | None,
+    keys_rotated: bool,
+) -> None:
+    if page_table.dim() != 2 or len(page_table) != len(lengths):
+        raise UnsupportedError(f"{len(lengths)} sequences need a page table of as many rows, not {page_table.shape}.")
+    if page_table.dtype != torch.int32 or lengths.dtype != torch.int32:
+        raise UnsupportedError(f"page_table and lengths are int32, not {page_table.dtype} and {lengths.dtype}.")
+    if rope is None and (key_bias is not None or not keys_rotated):
+        raise UnsupportedError("A key bias, or keys stored before RoPE, need the rope tables.")
+
+
+# ---------------------------------------------------------------------------------------------- operators
+
+
+def _append(
+    pool: Tensor, element: str, page: int, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor,
+    slots: Tensor, hadamard: bool, rotate_keys: bool, rotated: Tensor,
+) -> None:  # fmt: skip
+    fmt = PageFormat(element, query.shape[2], page)  # type: ignore[arg-type]
+    rotated.copy_(reference.append(pool, fmt, query, key, value, cos, sin, slots, hadamard, rotate_keys))
+
+
+def _decode(
+    query: Tensor, pool: Tensor, element: str, page: int, page_table: Tensor, lengths: Tensor, scaling: float,
+    window: int | None, key_bias: Tensor | None, value_bias: Tensor | None, cos: Tensor | None, sin: Tensor | None,
+    hadamard: bool, keys_rotated: bool, out: Tensor,
+) -> None:  # fmt: skip
+    fmt = PageFormat(element, query.shape[2], page)  # type: ignore[arg-type]
+    rope = None if cos is None or sin is None else (cos, sin)
+    starts = torch.arange(len(lengths) + 1)
+    reference.attend(
+        query, pool, fmt, page_table, starts, lengths, scaling, window, key_bias, value_bias, rope, hadamard,
+        keys_rotated, out,
+    )  # fmt: skip
+
+
+def _prefill(
+    query: Tensor, pool: Tensor, element: str, page: int, page_table: Tensor, query_starts: Tensor, lengths: Tensor,
+    scaling: float, window: int | None, key_bias: Tensor | None, value_bias: Tensor | None, cos: Tensor | None,
+    sin: Tensor | None, hadamard: bool, keys_rotated: bool, out: Tensor,
+) -> None:  # fmt: skip
+    fmt = PageFormat(element, query.shape[2], page)  # type: ignore[arg-type]
+    rope = None if cos is None or sin is None else (cos, sin)
+    reference.attend(
+        query, pool, fmt, page_table, query_starts, lengths, scaling, window, key_bias, value_bias, rope, hadamard,
+        keys_rotated, out,
+    )  # fmt: skip
+
+
+def _nothing(*_: object) -> None:
+    """Shapes of the results: the operators write into what they are given."""
+
+
+_SEQUENCES = (
+    "Tensor lengths, float scaling, int? window, Tensor? key_bias, Tensor? value_bias, Tensor? cos, Tensor? sin, "
+    "bool hadamard, bool keys_rotated, Tensor(a!) out) -> ()"
+)
+_library = torch.library.Library("atom", "FRAGMENT")
+_library.define(
+    "kv_append(Tensor(a!) pool, str element, int page, Tensor query, Tensor key, Tensor value, Tensor cos, Tensor sin, "
+    "Tensor slots, bool hadamard, bool rotate_keys, Tensor(b!) rotated) -> ()"
+)
+_library.define("attention_decode(Tensor query, Tensor pool, str element, int page, Tensor page_table, " + _SEQUENCES)
+_library.define(
+    "attention_prefill(Tensor query, Tensor pool, str element, int page, Tensor page_table, Tensor query_starts, "
+    + _SEQUENCES
+)
+for _name, _function in (("kv_append", _append), ("attention_decode", _decode), ("attention_prefill", _prefill)):
+    _library.impl(_name, _function, "CPU")
+    _library.impl(_name, _function, "CUDA")
+    torch.library.register_fake(f"atom::{_name}", _nothing, lib=_library)

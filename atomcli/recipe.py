@@ -45,6 +45,7 @@ _ELEMENTS: dict[str, Element] = {
 NumberFormat = Literal["int4", "int8", "e2m1", "mxfp4", "nvfp4", "none"]
 ScaleRule = Literal["absmax", "two_level"]
 TokenWeights = Literal["none", "residual"]
+Order = Literal["energy", "natural"]
 
 
 class Section(BaseModel):
@@ -250,7 +251,11 @@ def size_in_bytes(size: int | str) -> int:
 
 
 class Recipe(Section):
-    """A whole recipe, resolved: defaults are filled in and every value is checked."""
+    """A whole recipe, resolved: defaults are filled in and every value is checked.
+
+    `order` says in which order channels are cut into groups: by energy, outliers last, or natural, the model's own.
+    Other engines read natural order only; GPTQ then takes the columns by energy without moving them.
+    """
 
     name: str
     description: str = ""
@@ -260,6 +265,7 @@ class Recipe(Section):
     outliers: Outliers = Outliers()
     transform: Literal["none", "hadamard"] = "none"
     transform_seed: int | None = Field(default=None, ge=0)
+    order: Order = "energy"
     kv_cache: KVCache = KVCache()
     rules: tuple[Rule, ...] = (Rule(match="lm_head", keep=True),)
     select: Select | None = None
@@ -277,7 +283,16 @@ class Recipe(Section):
         self.kv_cache.to_format()
         if self.transform_seed is not None and self.transform == "none" and self.select is None:
             raise ValueError("transform_seed draws the signs of a Hadamard, but transform is none")
+        if self.order == "natural":
+            self._refuse_outliers()
         return self
+
+    def _refuse_outliers(self) -> None:
+        """Outlier channels stand last, so the order can't be natural."""
+        ruled = [scheme_named(rule.scheme) for rule in self.rules if rule.scheme is not None]
+        for scheme in (self.scheme(), *ruled, *self.candidates().values()):
+            if scheme is not None and scheme.outliers:
+                raise ValueError(f"order natural leaves no channels to stand last, but {scheme.name} has outliers")
 
     def scheme(self) -> Scheme:
         """The scheme of every linear that no rule excepts."""

@@ -12,6 +12,7 @@ from atomcli.recipe import load_recipe, parse_recipe, shipped_recipes, size_in_b
 
 SHIPPED = {
     "atom-paper", "atom-w4a4", "rtn-w4a4", "atom-best", "atom-w4a8", "w8a8", "w4a16", "fp4", "mxfp4", "nvfp4",
+    "w4a16-plain", "w4a8-plain", "w4a4-plain", "nvfp4-plain", "mxfp4-plain",
 }  # fmt: skip
 
 
@@ -83,6 +84,9 @@ def test_rules_first_match_wins():
         ({"select": {"bits_per_weigth": 4}}, "unknown key select.bits_per_weigth; .*did you mean bits_per_weight"),
         ({"weights": {"damping_rule": "relativ"}}, "did you mean relative"),
         ({"transform_seed": 1}, "transform_seed draws the signs of a Hadamard, but transform is none"),
+        ({"order": "natural", "outliers": {"channels": 16}}, "order natural leaves no channels .*-o16 has outliers"),
+        ({"order": "natural", "rules": [{"match": "x", "scheme": "w4a8"}]}, "order natural leaves no channels"),
+        ({"order": "nature"}, "did you mean natural"),
     ],
 )
 def test_a_wrong_recipe_is_one_sentence(data, message):

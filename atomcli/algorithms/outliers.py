@@ -18,18 +18,21 @@ def needs_order(scheme: Scheme) -> bool:
     return grouped or scheme.outliers > 0 or scheme.transform != "none"
 
 
-def input_layout(energy: Tensor, scheme: Scheme, signs: Tensor | None = None) -> InputLayout:
+def input_layout(energy: Tensor, scheme: Scheme, signs: Tensor | None = None, *, natural: bool = False) -> InputLayout:
     """The layout of a layer whose input channels have `energy` (K,); its last channels are the outliers.
 
-    `signs` (K,) int8 go before the Hadamard, where the scheme has one.
+    `signs` (K,) int8 go before the Hadamard, where the scheme has one. `natural` leaves the channels where they are,
+    which a scheme without outliers allows.
     """
+    if natural and scheme.outliers:
+        raise ValueError(f"the outliers of {scheme.name} stand last, which is not their natural order")
     channels = energy.shape[0]
     scheme.body(channels)  # raises when the outliers leave no body
     return InputLayout(
         channels,
         scheme.outliers,
         scheme.hadamard_block,
-        permutation=energy_permutation(energy) if needs_order(scheme) else None,
+        permutation=energy_permutation(energy) if needs_order(scheme) and not natural else None,
         signs=signs if scheme.transform == "hadamard" else None,
         hadamard=scheme.transform == "hadamard",
     )

@@ -10,13 +10,19 @@ from atomcli.formats.scheme import Scheme
 from atomcli.formats.weights import QuantizedWeight
 
 
-def round_to_nearest(weight: Tensor, importance: Tensor, scheme: Scheme, clip: Clip) -> QuantizedWeight:
-    """The nearest codes of `weight` (N, K) fp32 in its layout's order; importance (K,) weighs a searched clip."""
+def round_to_nearest(
+    weight: Tensor, importance: Tensor, scheme: Scheme, clip: Clip, unit: Tensor | None = None
+) -> QuantizedWeight:
+    """The nearest codes of `weight` (N, K) fp32 in its layout's order; importance (K,) weighs a searched clip.
+
+    unit: the scale that is not per group, where several linears share one; None chooses it from this weight.
+    """
     format, body = scheme.weights, scheme.body(weight.shape[1])
     if format.element == "float":
         raise ValueError("a weight that stays in 16 bits is not rounded: use `unrounded`")
     columns, importance = weight[:, :body], importance[:body]
-    unit = choose_unit(columns, importance, format, clip)
+    if unit is None:
+        unit = choose_unit(columns, importance, format, clip)
     stored = choose_group_scales(split(columns, format.group), split(importance, format.group), format, clip, unit)
     scale = expand(scales.effective(stored, format, unit), body, format.group)
     codes = grids.encode(columns * grids.reciprocal(scale), format.grid)

@@ -43,7 +43,7 @@ from atomcli.pipeline.calibrate import (
 )
 from atomcli.pipeline.journal import LOCK, Journal, beside, locked
 from atomcli.pipeline.model import Walk, start_walk
-from atomcli.pipeline.parameters import InputsSeen, Outcome, fold, quantize_block, targets, watched
+from atomcli.pipeline.parameters import InputsSeen, Outcome, fold, input_ranges, quantize_block, targets, watched
 from atomcli.pipeline.progress import Progress, Silent
 from atomcli.pipeline.select import Plan, groups_of, load_plan, select
 from atomcli.pipeline.sensitivities import sensitivities_of
@@ -196,7 +196,8 @@ class _Road:
         parent = build_block(walk.family, walk.config, index, tensors)
         check.advance(walk, parent, index, before.parent, after.parent)
         del parent
-        tensors, energies = fold(tensors, walk, index, self.plan, self.artifact.statistics(index))
+        statistics = self.artifact.statistics(index)
+        tensors, energies = fold(tensors, walk, index, self.plan, statistics, self.recipe.order)
         block = build_block(walk.family, walk.config, index, tensors, self.recipe.kv_cache.to_format())
         del tensors
         outcomes = self._quantize(block, index, energies, before)
@@ -210,7 +211,7 @@ class _Road:
             "block": index,
             "shard": record.to_dict(),
             "linears": pack.linear_entries(block, index, self.names),
-            "layers": pack.report_rows(block, index, outcomes, self.names),
+            "layers": pack.report_rows(block, index, outcomes, self.names, input_ranges(walk, index, statistics)),
             "seconds": time.monotonic() - started,
         }
 
@@ -218,7 +219,7 @@ class _Road:
         self, block: torch.nn.Module, index: int, energies: dict[str, Tensor], before: _Streams
     ) -> list[Outcome]:
         walk = self.walk
-        found = targets(walk, index, self.plan, energies, self.recipe.transform_seed)
+        found = targets(walk, index, self.plan, energies, self.recipe.transform_seed, self.recipe.order)
         if not self.with_hessians or not found:
             return quantize_block(block, index, found, None, self.recipe)
         with watched(block, found, walk.device, self.recipe.weights.token_weights) as hessians:

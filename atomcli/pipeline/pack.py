@@ -30,9 +30,16 @@ def linear_entries(block: nn.Module, index: int, names: Mapping[Scheme, str]) ->
 
 
 def report_rows(
-    block: nn.Module, index: int, outcomes: Iterable[Outcome], names: Mapping[Scheme, str]
+    block: nn.Module,
+    index: int,
+    outcomes: Iterable[Outcome],
+    names: Mapping[Scheme, str],
+    ranges: Mapping[str, float],
 ) -> list[dict[str, Any]]:
-    """One row per quantized linear: scheme, parameters, bytes of all its tensors, bits per weight, error, tokens."""
+    """One row per quantized linear: scheme, parameters, bytes of all its tensors, bits per weight, error, tokens.
+
+    `ranges` has the largest input that calibration saw, by the linear's name in the block.
+    """
     rows = []
     for outcome in outcomes:
         linear = block.get_submodule(outcome.linear)
@@ -48,6 +55,7 @@ def report_rows(
                 "bits_per_weight": 8 * stored / parameters,
                 "error": outcome.error,
                 "tokens": outcome.tokens,
+                "input_absmax": ranges[outcome.linear],
             }
         )
     return rows

@@ -14,7 +14,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from atomcli.algorithms.clipping import choose_unit
 from atomcli.algorithms.gptq import error_factor, gptq, relative_error
+from atomcli.algorithms.ordered import descending_energy, gptq_in_order
 from atomcli.algorithms.outliers import energy_permutation, fold_into_heads, input_layout, needs_order
 from atomcli.algorithms.rotation import random_signs
 from atomcli.algorithms.rounding import round_to_nearest, unrounded
@@ -26,7 +28,7 @@ from atomcli.pipeline.calibrate import Statistics
 from atomcli.pipeline.model import Walk, full_name
 from atomcli.pipeline.residual import ResidualWeights, residual_weights
 from atomcli.pipeline.select import Plan
-from atomcli.recipe import Recipe, TokenWeights
+from atomcli.recipe import Order, Recipe, TokenWeights
 from atomcli.runtime.decoder import quantize_linear
 from atomcli.runtime.linear import QuantLinear
 
@@ -53,7 +55,12 @@ class Outcome:
 
 
 def fold(
-    tensors: Mapping[str, Tensor], walk: Walk, index: int, plan: Plan, statistics: Mapping[str, Statistics]
+    tensors: Mapping[str, Tensor],
+    walk: Walk,
+    index: int,
+    plan: Plan,
+    statistics: Mapping[str, Statistics],
+    order: Order = "energy",
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Move input permutations into the rows of the linears before, where the family says so and the heads allow it.
 
@@ -65,7 +72,7 @@ def fold(
     for each in walk.family.folds(walk.config, index):
         site = sites[each.site]
         scheme = plan.of_site(index, site)
-        if scheme is None or not needs_order(scheme):
+        if scheme is None or not needs_order(scheme) or order == "natural":
             continue
         permutation = energy_permutation(energies[each.site])
         rows: Tensor | None = permutation
@@ -85,16 +92,34 @@ def fold(
     return tensors, energies
 
 
-def site_layout(energy: Tensor, scheme: Scheme, index: int, site: str, transform_seed: int | None) -> InputLayout:
+def input_ranges(walk: Walk, index: int, statistics: Mapping[str, Statistics]) -> dict[str, float]:
+    """The largest absolute input of every linear of a block over the calibration tokens, by its name in the block."""
+    ranges: dict[str, float] = {}
+    for site in walk.family.sites(walk.config, index):
+        found = statistics[site.name]
+        largest = float(torch.maximum(-found.minimum, found.maximum).amax())
+        for expert in range(walk.family.expert_count(walk.config, index) if site.expert else 1):
+            ranges |= dict.fromkeys(site.of_expert(expert), largest)
+    return ranges
+
+
+def site_layout(
+    energy: Tensor, scheme: Scheme, index: int, site: str, transform_seed: int | None, order: Order = "energy"
+) -> InputLayout:
     """The layout of a site's input with channel energies (K,): their order, and the signs that a seed draws."""
     signs = None
     if transform_seed is not None and scheme.transform == "hadamard":
         signs = random_signs(energy.shape[0], transform_seed, f"{index}.{site}").to(energy.device)
-    return input_layout(energy, scheme, signs)
+    return input_layout(energy, scheme, signs, natural=order == "natural")
 
 
 def targets(
-    walk: Walk, index: int, plan: Plan, energies: Mapping[str, Tensor], transform_seed: int | None = None
+    walk: Walk,
+    index: int,
+    plan: Plan,
+    energies: Mapping[str, Tensor],
+    transform_seed: int | None = None,
+    order: Order = "energy",
 ) -> list[Target]:
     """The quantized linears of a block, grouped by the input they share."""
     found: list[Target] = []
@@ -103,7 +128,7 @@ def targets(
         if scheme is None:
             continue
         energy = energies[site.name].to(walk.device)
-        layout = site_layout(energy, scheme, index, site.name, transform_seed)
+        layout = site_layout(energy, scheme, index, site.name, transform_seed, order)
         if layout.permutation is not None and _is_identity(layout.permutation):
             layout.permutation = None
         if site.expert:
@@ -206,6 +231,9 @@ def quantize_block(
             importance = hessian.diagonal().clone()
         else:
             importance = _spread_energy(target)
+        natural = recipe.order == "natural" and target.scheme.weights.group is not None
+        order = descending_energy(hessian) if natural and hessian is not None else None
+        unit = _shared_unit(block, target, importance, recipe) if natural else None
         for name in target.linears:
             linear = linear_in(block, name)
             weight = target.layout.apply(linear.weight)
@@ -214,17 +242,34 @@ def quantize_block(
             elif hessian is not None:
                 try:
                     if factor is None:
-                        factor = error_factor(hessian, recipe.weights.damping, recipe.weights.damping_rule)
+                        taken = hessian if order is None else hessian[order][:, order]
+                        factor = error_factor(taken, recipe.weights.damping, recipe.weights.damping_rule)
                 except RunError as failed:
                     raise RunError(f"{full_name(index, name)}: {failed.what}", failed.hint) from failed
-                quantized = gptq(weight, factor, importance, target.scheme, recipe.weights.clip)
+                if order is None:
+                    quantized = gptq(weight, factor, importance, target.scheme, recipe.weights.clip)
+                else:
+                    quantized = gptq_in_order(
+                        weight, factor, order, importance, target.scheme, recipe.weights.clip, unit
+                    )
             else:
-                quantized = round_to_nearest(weight, importance, target.scheme, recipe.weights.clip)
+                quantized = round_to_nearest(weight, importance, target.scheme, recipe.weights.clip, unit)
             _check_finite(quantized, full_name(index, name))
             error = relative_error(weight, quantized.dequantize(), importance if hessian is None else hessian)
             outcomes.append(Outcome(name, error, tokens))
             quantize_linear(block, name, QuantLinear.from_weight(quantized, target.layout, linear.bias))
     return outcomes
+
+
+def _shared_unit(block: nn.Module, target: Target, importance: Tensor, recipe: Recipe) -> Tensor | None:
+    """The largest tensor scale (1,) of a target's linears: engines fuse them, and then have one; else None."""
+    if target.scheme.weights.scale != "e4m3":
+        return None
+    units = [
+        choose_unit(linear_in(block, name).weight.float(), importance, target.scheme.weights, recipe.weights.clip)
+        for name in target.linears
+    ]
+    return torch.stack([unit for unit in units if unit is not None]).amax(dim=0)
 
 
 def _pooled(targets: list[Target], hessians: list[Hessian]) -> dict[str, Tensor]:

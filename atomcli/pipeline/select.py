@@ -25,7 +25,7 @@ from atomcli.recipe import KEPT, Recipe, refuse_narrow
 # Linears outside the blocks, which stay in 16 bits; rules may say so, but nothing else.
 OUTSIDE = ("lm_head", "model.embed_tokens")
 # What a plan depends on; its selection and its calibration text may differ.
-_SECTIONS = ("weights", "activations", "outliers", "transform", "transform_seed", "kv_cache", "rules")
+_SECTIONS = ("weights", "activations", "outliers", "transform", "transform_seed", "order", "kv_cache", "rules")
 _VERSION = 1
 
 

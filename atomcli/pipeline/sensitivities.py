@@ -84,6 +84,7 @@ def _identity(recipe: Recipe, artifact: Calibration, groups: Sequence[Group]) ->
         "artifact": artifact.identity,
         "weights": {key: getattr(recipe.weights, key) for key in ("rounding", "clip", "damping", "damping_rule")},
         "transform_seed": recipe.transform_seed,
+        "order": recipe.order,
         "kv_cache": recipe.kv_cache.model_dump(mode="json"),
         "candidates": hashlib.sha256(json.dumps(candidates).encode()).hexdigest(),
     }
@@ -343,7 +344,7 @@ class _Judged:
 
     def _layout(self, site: Site, scheme: Scheme) -> InputLayout:
         energy, seed = self.energies[site.name], self.recipe.transform_seed
-        return site_layout(energy, scheme, self.group.index, site.name, seed)
+        return site_layout(energy, scheme, self.group.index, site.name, seed, self.recipe.order)
 
     def _factor(self, inputs: Inputs, site: Site, scheme: Scheme) -> Tensor | None:
         """GPTQ's factor in the layout of a scheme, or None where weights are only rounded."""

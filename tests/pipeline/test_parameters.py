@@ -5,8 +5,10 @@ from contextlib import suppress
 import pytest
 import torch
 
+from atomcli.checkpoint.verify import read_checkpoint
 from atomcli.kernels.reference import quantized_input
 from atomcli.pipeline.calibrate import calibrate
+from atomcli.pipeline.compress import compress
 from atomcli.pipeline.model import start_walk
 from atomcli.pipeline.parameters import Hessian, InputsSeen, _enough, _pooled, fold, targets, watched
 from atomcli.pipeline.select import select
@@ -127,3 +129,24 @@ def test_an_expert_that_saw_too_little_leans_on_the_others(prepared):
     assert torch.equal(_enough(hessians[2], pooled), hessians[2].mean())
     mixed = hessians[1].mean() * 0.25 + pooled * 0.75  # 20 tokens for 80 channels
     assert torch.allclose(_enough(hessians[1], pooled), mixed, atol=1e-6)
+
+
+@pytest.mark.parametrize("rounding", ["gptq", "rtn"])
+def test_natural_order_moves_nothing(parent, tokens, tmp_path, rounding):
+    recipe = small_recipe(
+        weights={"format": "nvfp4", "group": 16, "rounding": rounding, "clip": 1.0},
+        activations={"format": "nvfp4", "group": 16, "clip": 1.0},
+        outliers={"channels": 0},
+        order="natural",
+    )
+    report = compress(parent(), recipe, tmp_path / "out", tokens=tokens, device="cpu")
+    made = read_checkpoint(tmp_path / "out")
+    assert not any("permutation" in entry for entry in made.quantization["linears"].values())
+    rows = {row["linear"]: row["input_absmax"] for row in report["layers"]}
+    for block in range(2):
+        prefix = f"model.layers.{block}."
+        for site in (["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["mlp.gate_proj", "mlp.up_proj"]):
+            units = {float(made.read(f"{prefix}{linear}.weight_tensor_scale")) for linear in site}
+            assert len(units) == 1  # engines fuse these linears, and then have one scale for all of them
+            assert len({rows[prefix + linear] for linear in site}) == 1
+    assert all(value > 0 for value in rows.values())

@@ -43,7 +43,8 @@ class Recording:
 class Divergence:
     """KL(parent ‖ checkpoint) per token in nats, agreement of the most likely token, and both perplexities.
 
-    Standard errors are over windows and None for a single window.
+    Standard errors are over windows and None for a single window. The means of each window are kept, so that two
+    checkpoints measured on the same windows can be compared window by window.
     """
 
     mean_kld: float
@@ -56,6 +57,8 @@ class Divergence:
     perplexity_ratio_standard_error: float | None
     parent: TokenPerplexity
     checkpoint: TokenPerplexity
+    window_kld: tuple[float, ...]
+    window_nll: tuple[float, ...]
 
     def row(self) -> dict[str, Any]:
         """The fields for a table or a JSON document, flat; the perplexities are token perplexities."""
@@ -187,4 +190,6 @@ def _summarise(
         perplexity_ratio_standard_error=None if ratio_error is None else ratio * ratio_error,
         parent=parent,
         checkpoint=checkpoint,
+        window_kld=tuple(kld.mean(1).tolist()),
+        window_nll=tuple(nll.mean(1).tolist()),
     )

@@ -155,6 +155,19 @@ class Scheme:
         per_tensor = 32 if weights.scale == "e4m3" else 0
         return (bits + per_tensor / out_features) / in_features
 
+    def bits_per_activation(self, in_features: int, float_bits: int = 16) -> float:
+        """Bits per input channel that a token's quantized input takes: codes, scales, offsets and outliers."""
+        activations, body = self.activations, self.body(in_features)
+        if activations.element == "float":
+            return float(float_bits)
+        bits = activations.grid.bits * body
+        if activations.scale != "row":
+            offset = 0 if activations.symmetric else 16
+            bits += (_SCALE_BITS[activations.scale] + offset) * group_count(body, activations.group)
+        bits += 32 if activations.scale in ("row", "two_level", "e4m3") else 0
+        bits += OUTLIER_BITS * self.outliers + 32 if self.outliers else 0
+        return bits / in_features
+
     def to_dict(self) -> dict[str, Any]:
         """The scheme as plain data, for config.json and reports."""
         return asdict(self)
@@ -188,6 +201,16 @@ class KVFormat:
             )
         if self.hadamard and self.position == "before_rope":
             raise UsageError("A Hadamard on keys is applied after RoPE; kv_cache.position must be after_rope.")
+
+    def vector_bytes(self, head_dim: int, float_bytes: int = 2) -> int:
+        """Bytes of one cached key or value, of one token and head, with its fp16 scale and minimum."""
+        if self.element == "float":
+            return head_dim * float_bytes
+        return (head_dim // 2 if self.element == "int4" else head_dim) + 4
+
+    def bits_per_value(self, head_dim: int, float_bits: int = 16) -> float:
+        """Bits per cached number: codes, and an fp16 scale and minimum per token and head."""
+        return float(float_bits) if self.element == "float" else int(self.element[3:]) + 32 / head_dim
 
     def to_dict(self) -> dict[str, Any]:
         """The format as plain data."""

@@ -96,3 +96,15 @@ def test_clipped_int4_uses_all_sixteen_codes() -> None:
     x = torch.linspace(-1, 1, 128)[None]
     codes = quantize_activations(x, _scheme(ActivationFormat("int4", 128, "fp16", clip=0.85))).codes
     assert (codes.amin(), codes.amax()) == (-8, 7)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("outliers", [0, 64])
+def test_bits_per_activation_are_those_of_the_tensors(name: str, outliers: int) -> None:
+    scheme = _scheme(FORMATS[name], outliers)
+    quantized = quantize_activations(_inputs(448), scheme)
+    bits = {"codes": scheme.activations.grid.bits * quantized.codes.numel()}
+    for part in ("token_scale", "group_scales", "multipliers", "offsets", "outlier_codes", "outlier_scale"):
+        tensor = getattr(quantized, part)
+        bits[part] = 0 if tensor is None else 8 * tensor.nbytes
+    assert scheme.bits_per_activation(448) == pytest.approx(sum(bits.values()) / (37 * 448))

@@ -15,12 +15,13 @@ MAY_USE = {
     "errors": set(),
     "version": set(),
     "resources": set(),
+    "units": set(),
     "formats": {"errors"},
     "recipe_errors": set(),
     "recipe": {"errors", "resources", "formats", "recipe_errors"},
     "overrides": {"errors", "formats", "recipe"},
     "models": {"errors"},
-    "checkpoint": {*GROUND, "formats"},
+    "checkpoint": {*GROUND, "units", "formats"},
     "text": {"errors", "checkpoint"},
     "algorithms": {"errors", "formats"},
     "kernels": {"errors", "resources", "formats"},
@@ -40,6 +41,7 @@ MAY_USE = {
         "integrations",
     },
 }
+MAY_USE["reporting"] = {"errors", "units", "formats", "checkpoint", "benchmarks"}
 MAY_USE["cli"] = set(MAY_USE)
 # `import atomcli` registers the quantizer, and `python -m atomcli` is the command line.
 MAY_USE |= {"__init__": {"integrations", "version"}, "__main__": {"cli"}}

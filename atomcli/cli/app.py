@@ -1,5 +1,6 @@
 """`atom`: the commands, and how a command line that can't be read is answered."""
 
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -71,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Runs one command line, prints the document of --json, and answers the exit code."""
+    console.command_line = shlex.join(["atom", *arguments])
     code = _run(arguments)
     try:
         console.finish()

@@ -7,6 +7,7 @@ import typer
 
 from atomcli.cli.command import command
 from atomcli.cli.console import console
+from atomcli.cli.reports import reportable
 
 app = typer.Typer(help="Measure speed, beside its peers.", rich_markup_mode=None)
 
@@ -15,6 +16,7 @@ Form = Annotated[Literal["md", "csv", "json"], typer.Option("--format", help="Ho
 
 @app.command("model")
 @command
+@reportable
 def model(
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint of atom, or any MODEL.")],
     against: Annotated[
@@ -55,6 +57,7 @@ def model(
 
 @app.command("gemm")
 @command
+@reportable
 def gemm(
     scheme: Annotated[
         list[str] | None, typer.Option("--scheme", help="A named scheme, such as w4a8; repeatable [w4a8].")

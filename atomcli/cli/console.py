@@ -51,16 +51,22 @@ class Console:
     debug: bool = False
     after_interruption: str | None = None  # what to tell someone who presses Ctrl-C now
     screen: Any = None  # while a bar moves on stderr, the rich console that it moves on
+    command_line: str = "atom"
     _document: dict[str, Any] | None = None
 
     def result(self, document: Mapping[str, Any], *human: "str | Table") -> None:
-        """The outcome of a command: printed for people, or kept under --json until `finish` prints one document."""
+        """The outcome of a command: printed for people; under --json `finish` prints it as one document."""
+        self._document = (self._document or {}) | _plain(document)
         if self.json:
-            self._document = (self._document or {}) | _plain(document)
             return
         for part in human:
             for line in part.lines(self) if isinstance(part, Table) else [part]:
                 self._write(sys.stdout, line)
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """What `result` was given so far."""
+        return dict(self._document or {})
 
     def note(self, text: str) -> None:
         """Says on stderr what is going on; --quiet silences it."""
@@ -81,8 +87,8 @@ class Console:
 
     def finish(self) -> None:
         """Prints the one document of --json, whatever the command came to."""
-        if self._document is not None:
-            document, self._document = self._document, None
+        document, self._document = self._document, None
+        if self.json and document is not None:
             self._write(sys.stdout, json.dumps(document, indent=2, ensure_ascii=False))
 
     def let_go(self) -> None:

@@ -7,6 +7,7 @@ import typer
 
 from atomcli.cli.command import command
 from atomcli.cli.console import Table, console
+from atomcli.cli.reports import reportable
 from atomcli.units import byte_count
 
 app = typer.Typer(
@@ -34,6 +35,7 @@ MaxKLD = Annotated[float | None, typer.Option("--max-kld", help="Exit 1 when the
 
 @app.command("ppl")
 @command
+@reportable
 def ppl(
     checkpoint: Checkpoint,
     against: Against = None,
@@ -99,6 +101,7 @@ def ppl(
 
 @app.command("kld")
 @command
+@reportable
 def kld(
     checkpoint: Checkpoint,
     against: Against = None,
@@ -141,7 +144,16 @@ def kld(
         "checkpoint": row | {"standard_error": result.checkpoint.standard_error} | opened.sizes(),
     }
     console.result(
-        {"text": text.name, "parent": parent_name, "parent_sizes": parent_sizes, **row, **opened.sizes()},
+        {
+            "text": text.name,
+            "parent": parent_name,
+            "parent_sizes": parent_sizes,
+            "parent_standard_error": result.parent.standard_error,
+            "checkpoint": checkpoint,
+            "standard_error": result.checkpoint.standard_error,
+            **row,
+            **opened.sizes(),
+        },
         f"{text.name}{_windows_text(row)}; parent {parent_name}, checkpoint {checkpoint}",
         "",
         _side_by_side(columns, _KLD_LINES),
@@ -151,6 +163,7 @@ def kld(
 
 @app.command("tasks")
 @command
+@reportable
 def tasks(
     checkpoint: Checkpoint,
     task: Annotated[

@@ -7,10 +7,12 @@ import typer
 
 from atomcli.cli.command import command
 from atomcli.cli.console import Table, console
+from atomcli.cli.reports import reportable
 from atomcli.units import byte_count
 
 
 @command
+@reportable
 def inspect(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A directory that `atom quantize` wrote.")],
     verify: Annotated[bool, typer.Option("--verify", help="Read every tensor again and check it.")] = False,

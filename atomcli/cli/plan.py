@@ -204,7 +204,7 @@ def _refuse_without_matplotlib() -> None:
     from importlib.util import find_spec
 
     if find_spec("matplotlib") is None:
-        raise UsageError("--plot needs matplotlib, which is not installed", "pip install 'atomcli[plot]'")
+        raise UsageError("--plot needs matplotlib, which is not installed", "pip install 'atomcli[report]'")
 
 
 def _draw(points: Sequence["Point"], prediction: dict[str, Any], path: Path) -> None:

@@ -10,11 +10,13 @@ import typer
 from atomcli.cli import log, options
 from atomcli.cli.command import command
 from atomcli.cli.console import console
+from atomcli.cli.reports import reportable
 from atomcli.errors import UsageError
 from atomcli.units import byte_count, duration
 
 
 @command
+@reportable
 def quantize(
     model: options.Model,
     recipe: options.RecipeOption = "atom-w4a4",

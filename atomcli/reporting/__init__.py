@@ -1,0 +1,1 @@
+"""A page that shows what a command measured: self-contained HTML, and its plots as files."""

@@ -1,0 +1,249 @@
+"""Continuous batching: requests are admitted as pages allow, prefilled in chunks, decoded together, and let go.
+
+A sequence takes pages as it grows. When none is left, the one admitted last gives its pages back and waits to be
+computed anew, prompt and tokens so far; so the one admitted first always finishes.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from atomcli.errors import InputError, RunError
+from atomcli.runtime.decoding import DecodeRows
+from atomcli.runtime.fused import FusedModel
+from atomcli.runtime.pages import Pages
+from atomcli.runtime.sampling import GREEDY, Sampling, sample
+
+
+@dataclass(frozen=True)
+class Request:
+    """Token ids to continue: at most `new_tokens` more, or up to one of `stop`, which is the last token then."""
+
+    prompt: Sequence[int]
+    new_tokens: int
+    stop: frozenset[int] = frozenset()
+    sampling: Sampling = GREEDY
+
+
+@dataclass(frozen=True)
+class Produced:
+    """A token of the request with this number; `done` with the last one."""
+
+    request: int
+    token: int
+    done: bool
+
+
+@dataclass(eq=False)
+class _Sequence:
+    number: int
+    request: Request
+    tokens: list[int]
+    pages: list[int] = field(default_factory=list)
+    cached: int = 0
+
+    @property
+    def produced(self) -> int:
+        return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def is_done(self) -> bool:
+        return self.produced >= self.request.new_tokens or (self.produced > 0 and self.tokens[-1] in self.request.stop)
+
+
+class Server:
+    """Serves requests from `pages` pages to at most `rows` sequences at a time.
+
+    `context` bounds a request's tokens, the model's positions where it is None; `chunk` is how many prompt tokens are
+    computed between two decode steps.
+    """
+
+    def __init__(self, model: FusedModel, pages: int, rows: int, context: int | None = None, chunk: int = 2048) -> None:
+        self.model, self.rows, self.chunk = model, rows, chunk
+        self.context = min(context or model.context, model.context)
+        self.pages = Pages(pages, model.format.page)
+        self.pools = model.new_pools(pages)
+        self.decoding = DecodeRows(model, self.pools, rows, self.pages.needed(self.context))
+        self._waiting: deque[_Sequence] = deque()
+        self._prefilling: list[_Sequence] = []
+        self._running: list[_Sequence] = []  # by row
+        self._count = 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing left to do."""
+        return not (self._waiting or self._prefilling or self._running)
+
+    @property
+    def running(self) -> int:
+        """Number of sequences that decode."""
+        return len(self._running)
+
+    def submit(self, request: Request) -> int:
+        """Queue a request and answer its number; InputError or RunError for one that can't be served at all."""
+        total = len(request.prompt) + request.new_tokens
+        if not request.prompt or request.new_tokens < 1:
+            raise InputError(
+                f"A request has a prompt and asks for at least one token, not {len(request.prompt)} and "
+                f"{request.new_tokens}"
+            )
+        if total > self.context:
+            raise InputError(
+                f"{len(request.prompt)} prompt tokens and {request.new_tokens} new ones exceed the {self.context} "
+                "positions that are served",
+                f"Ask for at most {max(0, self.context - len(request.prompt))} new tokens.",
+            )
+        if self.pages.needed(total - 1) > self.pages.count:  # the last token is never cached
+            raise RunError(
+                f"The request needs a cache of {total - 1} tokens; the whole cache holds "
+                f"{self.pages.count * self.pages.page}",
+                "Give the server more pages.",
+            )
+        self._waiting.append(_Sequence(self._count, request, list(request.prompt)))
+        self._count += 1
+        return self._count - 1
+
+    def step(self) -> list[Produced]:
+        """Admit, prefill a chunk, decode one token of every running sequence; the tokens that came out."""
+        self._admit()
+        produced = self._prefill() if self._prefilling else []
+        return produced + self._decode()
+
+    def run(self, requests: Iterable[Request]) -> list[list[int]]:
+        """The new tokens of each request, all served to their end."""
+        numbers = [self.submit(request) for request in requests]
+        outputs: dict[int, list[int]] = {number: [] for number in numbers}
+        while not self.idle:
+            for produced in self.step():
+                outputs[produced.request].append(produced.token)
+        return [outputs[number] for number in numbers]
+
+    def _admit(self) -> None:
+        while self._waiting and len(self._prefilling) + len(self._running) < self.rows:
+            sequence = self._waiting[0]
+            busy = len(self._prefilling) + len(self._running)
+            # A page to grow by for everyone who is here, or the newcomer would soon be sent away again.
+            if self.pages.needed(len(sequence.tokens)) + busy > self.pages.free:
+                break
+            self.pages.extend(sequence.pages, len(sequence.tokens))
+            self._prefilling.append(self._waiting.popleft())
+
+    @torch.inference_mode()
+    def _prefill(self) -> list[Produced]:
+        """Compute up to `chunk` tokens of the sequences admitted first; those that end here get their next token."""
+        chosen: list[tuple[_Sequence, int]] = []
+        room = self.chunk
+        for sequence in self._prefilling:
+            if room:
+                count = min(room, len(sequence.tokens) - sequence.cached)
+                chosen.append((sequence, count))
+                room -= count
+        positions: list[int] = []
+        slots: list[int] = []
+        tokens: list[int] = []
+        starts = [0]
+        width = max(self.pages.needed(sequence.cached + count) for sequence, count in chosen)
+        table = torch.zeros(len(chosen), width, dtype=torch.int32)
+        for row, (sequence, count) in enumerate(chosen):
+            new = range(sequence.cached, sequence.cached + count)
+            page = self.pages.page
+            positions += new
+            slots += [sequence.pages[position // page] * page + position % page for position in new]
+            tokens += sequence.tokens[new.start : new.stop]
+            starts.append(starts[-1] + count)
+            held = sequence.pages[:width]
+            table[row, : len(held)] = torch.tensor(held, dtype=torch.int32)
+            sequence.cached += count
+        device = self.model.device
+        lengths = [sequence.cached for sequence, _ in chosen]
+        step = self.model.step(
+            torch.tensor(positions, device=device),
+            torch.tensor(slots, device=device),
+            table.to(device),
+            torch.tensor(lengths, dtype=torch.int32, device=device),
+            query_starts=torch.tensor(starts, dtype=torch.int32, device=device),
+        )
+        x, residual = self.model.hidden(torch.tensor(tokens, device=device), step, self.pools)
+        ended = [row for row, (sequence, _) in enumerate(chosen) if sequence.cached == len(sequence.tokens)]
+        if not ended:
+            return []
+        last = torch.tensor([starts[row + 1] - 1 for row in ended], device=device)
+        finished = [chosen[row][0] for row in ended]
+        logits = self.model.logits(x[last], residual[last])
+        first = self._choose(logits, finished)
+        self._prefilling = [sequence for sequence in self._prefilling if sequence not in finished]
+        produced = []
+        for sequence, token in zip(finished, first, strict=True):
+            produced.append(self._take(sequence, token))
+            if not sequence.is_done:
+                self._running.append(sequence)
+                self.decoding.place(
+                    len(self._running) - 1, token, sequence.cached, sequence.pages, sequence.request.sampling
+                )
+        return produced
+
+    def _choose(self, logits: torch.Tensor, sequences: Sequence[_Sequence]) -> list[int]:
+        device = logits.device
+        samplings = [sequence.request.sampling for sequence in sequences]
+        tokens: list[int] = sample(
+            logits,
+            torch.tensor([sampling.temperature for sampling in samplings], device=device),
+            torch.tensor([sampling.top_p for sampling in samplings], device=device),
+            torch.tensor([sampling.seed for sampling in samplings], device=device),
+            torch.tensor([sequence.cached - 1 for sequence in sequences], device=device),
+        ).tolist()
+        return tokens
+
+    def _decode(self) -> list[Produced]:
+        self._grow()
+        if not self._running:
+            return []
+        sampled = any(sequence.request.sampling.temperature > 0 for sequence in self._running)
+        tokens = self.decoding.step(len(self._running), sampled)
+        produced = []
+        for sequence, token in zip(self._running, tokens, strict=True):
+            sequence.cached += 1
+            produced.append(self._take(sequence, token))
+        for row in range(len(self._running) - 1, -1, -1):
+            if self._running[row].is_done:
+                self._leave(row)
+        return produced
+
+    def _take(self, sequence: _Sequence, token: int) -> Produced:
+        sequence.tokens.append(token)
+        if sequence.is_done:
+            self.pages.release(sequence.pages)
+        return Produced(sequence.number, token, sequence.is_done)
+
+    def _grow(self) -> None:
+        """Room for the token that each running sequence is about to store, at the cost of those admitted last."""
+        row = 0
+        while row < len(self._running):
+            sequence = self._running[row]
+            held = len(sequence.pages)
+            if self.pages.extend(sequence.pages, sequence.cached + 1):
+                if len(sequence.pages) > held:
+                    self.decoding.set_pages(row, sequence.pages)
+                row += 1
+            else:
+                self._preempt()
+
+    def _preempt(self) -> None:
+        """The sequence with the highest number gives its pages back and waits at the front, to be computed anew."""
+        last = max(self._prefilling + self._running, key=lambda sequence: sequence.number)
+        self.pages.release(last.pages)
+        if last in self._prefilling:
+            self._prefilling.remove(last)
+        else:
+            self._leave(self._running.index(last))
+        last.cached = 0
+        self._waiting.appendleft(last)
+
+    def _leave(self, row: int) -> None:
+        """Take a row out of the batch; the last row moves into its place."""
+        last = len(self._running) - 1
+        self.decoding.move(last, row)
+        self._running[row] = self._running[last]
+        self._running.pop()

@@ -15,11 +15,12 @@ DEMO_WINDOWS := 6
 DEMO_OUT := build/demo-w4a4
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types pytest clean
+.PHONY: help setup demo test lint types pytest docs clean
 
 help:
 	@echo 'make demo   set up .venv, compress the demo model to 4 bits, print it beside its parent'
 	@echo 'make test   set up .venv, run the linter, the type checker and the tests'
+	@echo 'make docs   build the manual into build/docs'
 	@echo 'make clean  remove what demo and test wrote (.venv stays)'
 
 setup: $(STAMP)
@@ -47,6 +48,10 @@ types: $(STAMP)
 
 pytest: $(STAMP)
 	$(ONE_THREAD) $(BIN)/python -m pytest -q -n 2 --durations 10
+
+docs: $(STAMP)
+	$(BIN)/sphinx-build -W -q -b html docs build/docs
+	@echo 'build/docs/index.html'
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +18,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ReduceOp
 
+from atomcli.checkpoint.digests import sha256_file
 from atomcli.checkpoint.files import read_json, write_json
+from atomcli.checkpoint.manifest import ShardRecord
 from atomcli.checkpoint.tensorfile import TensorFile
 from atomcli.checkpoint.writer import publish, unfinished, write_shard
 from atomcli.errors import InputError, RunError, UsageError
-from atomcli.pipeline.journal import LOCK, Journal, differences, locked
+from atomcli.pipeline.ahead import Ahead
+from atomcli.pipeline.journal import LOCK, differences, opened
 from atomcli.pipeline.model import Walk, full_name, start_walk
 from atomcli.pipeline.progress import Progress, Silent
-from atomcli.pipeline.stream import Stream, run
+from atomcli.pipeline.ranks import ALONE, Ranks
+from atomcli.pipeline.routing import Once, Routing, routing_of
+from atomcli.pipeline.stream import AtOnce, Stream, run
 from atomcli.recipe import Recipe
 from atomcli.runtime.decoder import build_block, embed, read_outer
 from atomcli.text import calibration_windows
@@ -36,6 +43,7 @@ if TYPE_CHECKING:
 
 SETTINGS = "calibration.json"
 TOKENS = "tokens.safetensors"
+_AGAIN = "Calibrate again"
 _LOG = logging.getLogger("atomcli")
 
 
@@ -60,9 +68,13 @@ class Calibration:
     directory: Path
     identity: dict[str, Any]
     tokens: Tensor
+    files: dict[str, str]
 
     def statistics(self, index: int) -> dict[str, Statistics]:
-        """The statistics of block `index` by the name of the site."""
+        """The statistics of block `index` by the name of the site; InputError when they are not what was written."""
+        name, wanted = _statistics_file(index), self.files.get(_statistics_file(index))
+        if wanted is not None and sha256_file(self.directory / name) != wanted:
+            raise InputError(f"{self.directory / name} is damaged: its SHA-256 differs from what was written", _AGAIN)
         file = TensorFile(self.directory / _statistics_file(index))
         sites = sorted({name.split(".")[0] for name in file.entries})
         fields = ("energy", "minimum", "maximum", "tokens")
@@ -104,6 +116,7 @@ def calibrate(
     device: torch.device | str | None = None,
     progress: Progress | None = None,
     tokens: Tensor | None = None,
+    ranks: Ranks = ALONE,
 ) -> Calibration:
     """Make the artifact `out`, or continue one that was interrupted; a finished one of the same identity is reused.
 
@@ -122,28 +135,35 @@ def calibrate(
         raise UsageError(
             f"{out} holds another calibration: {'; '.join(differences(found, identity))}", "choose another -o"
         )
-    directory = unfinished(out)
-    with locked(directory):
-        journal = Journal.open(directory, identity)
-        write_shard(directory, TOKENS, {"tokens": tokens})
+    with opened(unfinished(out), identity, ranks) as journal:
+        directory = journal.directory
+        walk.check_small_tensors()
+        if ranks.first:
+            write_shard(directory, TOKENS, {"tokens": tokens})
         stream = _stream(walk, tokens, directory, len(journal.steps))
         progress.begin("calibrate", walk.blocks)
         progress.advance(len(journal.steps))
-        for index in range(len(journal.steps), walk.blocks):
-            if index == 0:
-                stream.write(embedded(walk, tokens), "the embedding")
-            with journal.same_threads():
-                stream = _calibrate_block(walk, index, stream, directory)
-            journal.publish({"block": index})
-            _stream(walk, tokens, directory, index).path.unlink(missing_ok=True)
-            progress.advance(index + 1)
+        with ThreadPoolExecutor(1, "atom") as pool, journal.same_threads():
+            ahead = Ahead(walk, pool)
+            for index in range(len(journal.steps), walk.blocks):
+                if index == 0:
+                    write_embedded(walk, tokens, stream, [rows for rows, _ in ranks.rounds(tokens.shape[0])])
+                stream, record = _calibrate_block(walk, index, ahead.take(index), stream, directory, ranks)
+                ranks.wait()
+                if record is not None:
+                    journal.publish({"block": index, "file": record.file, "sha256": record.sha256})
+                    _stream(walk, tokens, directory, index).path.unlink(missing_ok=True)
+                progress.advance(index + 1)
         progress.end()
-        write_json(directory / SETTINGS, {"identity": identity, "model": source.name})
-        for path in directory.iterdir():
-            if path.suffix in (".stream", ".tmp") or path.name == LOCK:
-                path.unlink()
-        with journal.aside():
-            publish(directory, out)
+        if ranks.first:
+            files = {step["file"]: step["sha256"] for step in journal.steps}
+            write_json(directory / SETTINGS, {"identity": identity, "model": source.name, "files": files})
+            for path in directory.iterdir():
+                if path.suffix in (".stream", ".tmp") or path.name == LOCK:
+                    path.unlink()
+            with journal.aside():
+                publish(directory, out)
+        ranks.wait()
     return open_calibration(out, source)
 
 
@@ -167,15 +187,29 @@ def open_calibration(directory: Path, source: Source) -> Calibration:
     tokens = TensorFile(directory / TOKENS).read("tokens")
     if tokens_digest(tokens) != identity.get("tokens"):
         raise InputError(f"{directory / TOKENS} is damaged", "calibrate again")
-    return Calibration(directory, identity, tokens)
+    files = settings.get("files")
+    if not isinstance(files, dict) or not files:
+        raise InputError(f"{directory / SETTINGS} is damaged: it has no digests of the statistics", _AGAIN)
+    return Calibration(directory, identity, tokens, files)
 
 
-def embedded(walk: Walk, tokens: Tensor) -> Iterator[Tensor]:
-    """The first block's input, one sequence at a time."""
+def embedded(walk: Walk, tokens: Tensor, rows: Iterable[range]) -> Iterator[Iterator[Tensor]]:
+    """The first block's input, for each range of rows one sequence at a time."""
     model = read_outer(walk.family, walk.source)
-    with torch.inference_mode():
-        for sequence in tokens:
-            yield embed(model, sequence[None])
+
+    def one_by_one(part: range) -> Iterator[Tensor]:
+        with torch.inference_mode():
+            for row in part:
+                yield embed(model, tokens[row : row + 1])
+
+    for part in rows:
+        yield one_by_one(part)
+
+
+def write_embedded(walk: Walk, tokens: Tensor, stream: Stream, rows: list[range]) -> None:
+    """Begin a stream: the first block's input for these ranges of its sequences."""
+    for part, outputs in zip(rows, embedded(walk, tokens, rows), strict=True):
+        stream.part(part).write(outputs, "the embedding", sync=False)
 
 
 def _stream(walk: Walk, tokens: Tensor, directory: Path, index: int) -> Stream:
@@ -184,19 +218,26 @@ def _stream(walk: Walk, tokens: Tensor, directory: Path, index: int) -> Stream:
     return Stream(directory / f"parent-{index:05d}.stream", shape, walk.source.dtype)
 
 
-def _calibrate_block(walk: Walk, index: int, stream: Stream, directory: Path) -> Stream:
-    """Run one block of the parent and save its statistics; returns the stream after it."""
-    block = build_block(walk.family, walk.config, index, walk.read(index))
+def _calibrate_block(
+    walk: Walk, index: int, tensors: dict[str, Tensor], stream: Stream, directory: Path, ranks: Ranks
+) -> tuple[Stream, ShardRecord | None]:
+    """Run one block of the parent and save its statistics; returns the stream after it, and the file's record."""
+    block = build_block(walk.family, walk.config, index, tensors)
     after = Stream(stream.path.with_name(f"parent-{index + 1:05d}.stream"), stream.shape, stream.dtype)
-    with _collecting(walk, block, index) as collectors:
-        outputs = run(stream, walk.sequences_at_once(stream.shape[1]), lambda chunk: walk.forward(block, index, chunk))
-        after.write(outputs, full_name(index, "").rstrip("."))
+    at_once = AtOnce(walk.sequences_at_once(stream.shape[1]))
+    with _collecting(walk, block, index) as (collectors, routing):
+        for rows, active in ranks.rounds(stream.shape[0]):
+            routing.again(rows.start)
+            outputs = run(stream.part(rows), at_once, lambda chunk: walk.forward(block, index, chunk), routing.again)
+            after.part(rows).write(outputs, full_name(index, "").rstrip("."), sync=False)
+            for collector in collectors.values():
+                collector.fold(ranks, active)
+    after.sync()
     tensors = {}
     for site, collector in collectors.items():
-        for field, value in collector.result().items():
+        for field, value in collector.result(ranks).items():
             tensors[f"{site}.{field}"] = value
-    write_shard(directory, _statistics_file(index), tensors)
-    return after
+    return after, write_shard(directory, _statistics_file(index), tensors) if ranks.first else None
 
 
 class _Collector:
@@ -204,56 +245,67 @@ class _Collector:
 
     def __init__(self, channels: int, experts: int, device: torch.device) -> None:
         self.energy = torch.zeros(channels, dtype=torch.float64, device=device)
+        self._part = torch.zeros_like(self.energy)  # of the sequences since the last fold
         self.minimum = torch.full((channels,), torch.inf, device=device)
         self.maximum = torch.full((channels,), -torch.inf, device=device)
         self.tokens = torch.zeros(experts, dtype=torch.int64)
 
     def add(self, x: Tensor, expert: int) -> None:
-        """Inputs (..., channels) of one expert, or of the only linears there are (expert 0)."""
-        x = x.reshape(-1, x.shape[-1]).float()
-        if not x.shape[0]:
-            return
-        self.energy += x.square().sum(dim=0, dtype=torch.float64)
-        self.minimum = torch.minimum(self.minimum, x.amin(dim=0))
-        self.maximum = torch.maximum(self.maximum, x.amax(dim=0))
+        """Inputs (n, channels) of one expert, or of the only linears there are (expert 0)."""
+        x = x.float()
+        energy = x.square().sum(dim=0, dtype=torch.float64)
+        low, high = torch.aminmax(x, dim=0)
+        self._part += energy
+        torch.minimum(self.minimum, low, out=self.minimum)
+        torch.maximum(self.maximum, high, out=self.maximum)
         self.tokens[expert] += x.shape[0]
 
-    def result(self) -> dict[str, Tensor]:
+    def fold(self, ranks: Ranks, active: int) -> None:
+        """Add the energies of a round to those of the rounds before, on the first process."""
+        ranks.fold(self.energy if ranks.first else None, self._part, 0, active)
+        self._part.zero_()
+
+    def result(self, ranks: Ranks) -> dict[str, Tensor]:
+        """The statistics over all processes; those of the first process are whole."""
         if not bool(torch.isfinite(self.energy).all()):
-            raise RunError(
-                "the energy of a layer's input is not finite", "The model overflows on the calibration text."
-            )
-        seen = self.tokens.sum() > 0
+            raise RunError("The energy of a layer's input is not finite", "The model overflows on the calibration text")
+        tokens = ranks.reduce(self.tokens)
+        minimum, maximum = ranks.reduce(self.minimum, ReduceOp.MIN), ranks.reduce(self.maximum, ReduceOp.MAX)
+        seen = bool(tokens.sum() > 0)
         return {
             "energy": self.energy.cpu(),
-            "minimum": (self.minimum if seen else torch.zeros_like(self.minimum)).cpu(),
-            "maximum": (self.maximum if seen else torch.zeros_like(self.maximum)).cpu(),
-            "tokens": self.tokens,
+            "minimum": (minimum if seen else torch.zeros_like(minimum)).cpu(),
+            "maximum": (maximum if seen else torch.zeros_like(maximum)).cpu(),
+            "tokens": tokens,
         }
 
 
 @contextmanager
-def _collecting(walk: Walk, block: nn.Module, index: int) -> Iterator[dict[str, _Collector]]:
+def _collecting(walk: Walk, block: nn.Module, index: int) -> Iterator[tuple[dict[str, _Collector], Routing]]:
     """Watch the input of each site's first linear, which all linears of the site read."""
     collectors: dict[str, _Collector] = {}
     handles = []
-    for site in walk.family.sites(walk.config, index):
-        experts = walk.family.expert_count(walk.config, index) if site.expert else 1
-        channels = walk.in_features(index, site.of_expert(0)[0])
-        collectors[site.name] = _Collector(channels, experts, walk.device)
-        for expert in range(experts):
-            linear = block.get_submodule(site.of_expert(expert)[0])
-            handles.append(linear.register_forward_pre_hook(_hook(collectors[site.name], expert)))
-    try:
-        yield collectors
-    finally:
-        for handle in handles:
-            handle.remove()
+    with routing_of(block) as routing:
+        for site in walk.family.sites(walk.config, index):
+            experts = walk.family.expert_count(walk.config, index) if site.expert else 1
+            channels = walk.in_features(index, site.of_expert(0)[0])
+            collectors[site.name] = _Collector(channels, experts, walk.device)
+            for expert in range(experts):
+                linear = block.get_submodule(site.of_expert(expert)[0])
+                once = Once(routing, expert if site.expert else None)
+                handles.append(linear.register_forward_pre_hook(_hook(collectors[site.name], expert, once)))
+        try:
+            yield collectors, routing
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
-def _hook(collector: _Collector, expert: int) -> Any:
+def _hook(collector: _Collector, expert: int, once: Once) -> Any:
     def watch(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        collector.add(arguments[0], expert)
+        x = arguments[0].reshape(-1, arguments[0].shape[-1])
+        for rows in once.rows(x):
+            collector.add(x[rows], expert)
 
     return watch
 

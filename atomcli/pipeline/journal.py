@@ -27,6 +27,7 @@ import torch
 from atomcli.checkpoint.files import TEMPORARY, read_json, write_error, write_json
 from atomcli.checkpoint.manifest import JOURNAL
 from atomcli.errors import InputError, UsageError
+from atomcli.pipeline.ranks import Ranks
 
 LOCK = "lock"
 _VERSION = 1
@@ -54,6 +55,31 @@ def locked(directory: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+@contextmanager
+def opened(directory: Path, identity: Mapping[str, Any], ranks: Ranks, restart: bool = False) -> Iterator[Journal]:
+    """The journal of a run in `directory`, which the first of its processes holds and writes; the others have a copy.
+
+    Raises what `locked` and `Journal.open` raise, and UsageError when the processes don't see the same files.
+    """
+    if not ranks.first:
+        journal: Journal | None = ranks.tell(None)
+        assert journal is not None
+        if not (directory / JOURNAL).is_file():
+            raise UsageError(
+                f"Process {ranks.rank} of this run doesn't see {directory}, which the first one made",
+                "Give an output on a file system that all hosts share",
+            )
+        if found := differences(journal.identity, json.loads(json.dumps(identity))):
+            raise UsageError(
+                f"Process {ranks.rank} of this run was started differently from the first: {'; '.join(found)}",
+                "Start all of them with the same command, on the same model",
+            )
+        yield journal
+        return
+    with locked(directory):
+        yield ranks.tell(Journal.open(directory, identity, restart))
 
 
 class Journal:

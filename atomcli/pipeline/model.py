@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,10 @@ from atomcli.runtime.device import choose_device
 
 if TYPE_CHECKING:
     from atomcli.checkpoint.source import Source
+
+
+# Bytes of a tensor that costs next to nothing to read.
+_SMALL = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -41,9 +46,29 @@ class Walk:
 
     def read(self, index: int) -> dict[str, Tensor]:
         """The tensors of one block on the device, by their names in the block."""
-        names = block_tensors(self.family, self.config, index)
+        return self.place(self.load(index))
+
+    def load(self, index: int) -> dict[str, Tensor]:
+        """The tensors of one block in the host's memory, by their names in the block."""
+        return {name: self.source.read(disk) for name, disk in self._names(index).items()}
+
+    def place(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of the host on the device; `tensors` is emptied, so that none is held twice."""
         # The copy is aligned as torch aligns: products may differ in the last bit by where their operands lie.
-        return {name: self.source.read(disk).to(self.device, copy=True) for name, disk in names.items()}
+        return {name: tensors.pop(name).to(self.device, copy=True) for name in list(tensors)}
+
+    def check_small_tensors(self) -> None:
+        """Read the norms, biases and routers of all blocks; InputError naming one that holds NaN or Inf.
+
+        They are a thousandth of a model, and a damaged model mostly shows it there, before anything is spent.
+        """
+        for index in range(self.blocks):
+            for disk in self._names(index).values():
+                if math.prod(self.source.shape(disk)) * self.source.dtype.itemsize <= _SMALL:
+                    self.source.read(disk)
+
+    def _names(self, index: int) -> dict[str, str]:
+        return block_tensors(self.family, self.config, index)
 
     def forward(self, block: nn.Module, index: int, hidden: Tensor) -> Tensor:
         """Block `index` on hidden (sequences, tokens, hidden); the result stays on the device."""

@@ -55,6 +55,7 @@ def report_rows(
                 "bits_per_weight": 8 * stored / parameters,
                 "error": outcome.error,
                 "tokens": outcome.tokens,
+                **({} if outcome.forced is None else {"forced_tokens": outcome.forced}),
                 "input_absmax": ranges[outcome.linear],
             }
         )

@@ -1,15 +1,13 @@
 """Stage 3, quantization parameters: from one block's weights and inputs to its quantized linears.
 
-The order of the channels comes from the calibration artifact. The Hessians come from the quantized stream: the block
-runs once with its weights in full precision, but already in their layouts and with quantized activations, on what the
-quantized blocks before it put out. GPTQ (or rounding) then makes each linear's codes.
+The order of the channels comes from the calibration artifact, the Hessians from the quantized stream (see `hessians`).
+GPTQ (or rounding) then makes each linear's codes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -22,36 +20,28 @@ from atomcli.algorithms.rotation import random_signs
 from atomcli.algorithms.rounding import round_to_nearest, unrounded
 from atomcli.errors import RunError
 from atomcli.formats.layout import InputLayout
-from atomcli.formats.scheme import Scheme, WeightFormat
+from atomcli.formats.scheme import Scheme
 from atomcli.formats.weights import QuantizedWeight
 from atomcli.pipeline.calibrate import Statistics
+from atomcli.pipeline.hessians import Hessian, Target, linear_in
 from atomcli.pipeline.model import Walk, full_name
-from atomcli.pipeline.residual import ResidualWeights, residual_weights
 from atomcli.pipeline.select import Plan
-from atomcli.recipe import Order, Recipe, TokenWeights
+from atomcli.recipe import Order, Recipe
 from atomcli.runtime.decoder import quantize_linear
 from atomcli.runtime.linear import QuantLinear
 
 
 @dataclass(frozen=True)
-class Target:
-    """Linears that read the same input and are quantized alike: a site, or the part of it that is one expert's."""
-
-    site: str
-    expert: int | None
-    linears: tuple[str, ...]
-    scheme: Scheme
-    layout: InputLayout
-    energy: Tensor
-
-
-@dataclass(frozen=True)
 class Outcome:
-    """What became of one linear: its name in the block, its relative output error and the tokens it was judged on."""
+    """What became of one linear: its name in the block, its relative output error and the tokens it was judged on.
+
+    Of an expert's tokens `forced` were shown to it although the router sent them elsewhere.
+    """
 
     linear: str
     error: float
     tokens: int
+    forced: int | None = None
 
 
 def fold(
@@ -139,95 +129,32 @@ def targets(
     return found
 
 
-# H is symmetric: panels of this many rows are computed up to their own diagonal block, the rest is mirrored.
-_PANEL = 512
-
-
-class Hessian:
-    """Accumulates H = 2 X^T X / n over the tokens (n, K) that a linear's product sees."""
-
-    def __init__(self, channels: int, device: torch.device) -> None:
-        self.total = torch.zeros(channels, channels, dtype=torch.float32, device=device)
-        self.tokens = 0
-
-    def add(self, x: Tensor, weights: Tensor | None = None) -> None:
-        """Tokens (n, K) fp32, each counted by its weight (n,) fp32 or once."""
-        if not x.shape[0]:
-            return
-        if weights is not None:
-            x = x * weights.sqrt()[:, None]
-        for start in range(0, x.shape[1], _PANEL):
-            end = min(start + _PANEL, x.shape[1])
-            self.total[start:end, :end].addmm_(x[:, start:end].t(), x[:, :end])
-        self.tokens += x.shape[0]
-
-    def mean(self) -> Tensor:
-        """The Hessian (K, K), zero when no token was seen."""
-        lower = self.total.tril() * (2 / max(1, self.tokens))
-        return lower + lower.tril(-1).t()
-
-
-class InputsSeen(Exception):
-    """Every input of a block was seen; what the block would still compute is not needed."""
-
-
-@contextmanager
-def watched(
-    block: nn.Module, targets: list[Target], device: torch.device, token_weights: TokenWeights = "none"
-) -> Iterator[list[Hessian]]:
-    """Let `block` run with full-precision weights and quantized activations, and collect a Hessian for each target.
-
-    With `token_weights` residual the tokens of o and down are weighted (see `residual`). The block raises InputsSeen
-    where it has shown its last input. Afterwards it has its own linears back.
-    """
-    originals: dict[str, nn.Module] = {}
-    hessians: list[Hessian] = []
-    handles = []
-    with ExitStack() as stack:
-        residual = stack.enter_context(residual_weights(block)) if token_weights == "residual" else None
-        try:
-            for target in targets:
-                hessian = Hessian(target.layout.in_features, device)
-                hessians.append(hessian)
-                first = block.get_submodule(target.linears[0])
-                see = _seeing(hessian, target, residual)
-                if target.scheme.activations.element == "float":
-                    handles.append(first.register_forward_pre_hook(_transformed(see, target.layout)))
-                    continue
-                scheme = replace(target.scheme, weights=WeightFormat("float"))
-                for name in target.linears:
-                    linear = linear_in(block, name)
-                    originals[name] = linear
-                    weight = unrounded(target.layout.apply(linear.weight), scheme, linear.weight.dtype)
-                    quantize_linear(block, name, QuantLinear.from_weight(weight, target.layout, linear.bias))
-                observed = block.get_submodule(target.linears[0])
-                assert isinstance(observed, QuantLinear)
-                observed.observer = see
-            yield hessians
-        finally:
-            for handle in handles:
-                handle.remove()
-            for name, original in originals.items():
-                block.set_submodule(name, original)
-
-
 def quantize_block(
-    block: nn.Module, index: int, targets: list[Target], hessians: list[Hessian] | None, recipe: Recipe
+    block: nn.Module,
+    index: int,
+    targets: list[Target],
+    hessians: Sequence[Hessian | None] | None,
+    recipe: Recipe,
+    pooled: Mapping[str, Tensor] | None = None,
+    mine: Container[int] | None = None,
 ) -> list[Outcome]:
     """Replace the linears of all targets by quantized ones; `hessians` belong to the targets, and None means RTN.
 
+    `pooled` Hessians help experts that saw too little. With `mine` only the targets at these positions are done.
     Without Hessians the channels' energies take their place: the diagonal of a Hessian whose channels are unrelated.
     Raises RunError naming the linear whose numbers are not finite.
     """
     outcomes: list[Outcome] = []
-    pooled = _pooled(targets, hessians) if hessians is not None else {}
     for position, target in enumerate(targets):
-        tokens = hessians[position].tokens if hessians is not None else 0
+        if mine is not None and position not in mine:
+            continue
+        seen = hessians[position] if hessians is not None else None
+        tokens, forced = (seen.tokens, seen.forced) if seen is not None else (0, 0)
         hessian = factor = None
-        if hessians is not None:
-            hessian = _enough(hessians[position], pooled.get(target.site))
+        if seen is not None:
+            hessian = _enough(seen, (pooled or {}).get(target.site) if target.expert is not None else None)
             # Nobody needs this sum again, and a block's Hessians weigh more than its weights.
-            hessians[position].total = torch.empty(0)
+            seen.total = torch.empty(0)
             importance = hessian.diagonal().clone()
         else:
             importance = _spread_energy(target)
@@ -256,7 +183,7 @@ def quantize_block(
                 quantized = round_to_nearest(weight, importance, target.scheme, recipe.weights.clip, unit)
             _check_finite(quantized, full_name(index, name))
             error = relative_error(weight, quantized.dequantize(), importance if hessian is None else hessian)
-            outcomes.append(Outcome(name, error, tokens))
+            outcomes.append(Outcome(name, error, tokens, forced if target.expert is not None else None))
             quantize_linear(block, name, QuantLinear.from_weight(quantized, target.layout, linear.bias))
     return outcomes
 
@@ -270,19 +197,6 @@ def _shared_unit(block: nn.Module, target: Target, importance: Tensor, recipe: R
         for name in target.linears
     ]
     return torch.stack([unit for unit in units if unit is not None]).amax(dim=0)
-
-
-def _pooled(targets: list[Target], hessians: list[Hessian]) -> dict[str, Tensor]:
-    """The mean Hessian over all experts of a site, for experts that saw too few tokens; {} for dense blocks."""
-    sums: dict[str, Hessian] = {}
-    for target, hessian in zip(targets, hessians, strict=True):
-        if target.expert is not None:
-            held = sums.get(target.site)
-            if held is None:
-                held = sums[target.site] = Hessian(target.layout.in_features, hessian.total.device)
-            held.total += hessian.total
-            held.tokens += hessian.tokens
-    return {site: held.mean() for site, held in sums.items()}
 
 
 def _enough(hessian: Hessian, pooled: Tensor | None) -> Tensor:
@@ -303,31 +217,6 @@ def _spread_energy(target: Target) -> Tensor:
         parts = energy.split(target.layout.block_sizes)
         energy = torch.cat([part.mean().expand_as(part) for part in parts])
     return energy
-
-
-def _seeing(hessian: Hessian, target: Target, residual: ResidualWeights | None) -> Callable[[Tensor], None]:
-    last = target.site == "down" and target.expert is None
-
-    def see(x: Tensor) -> None:
-        hessian.add(x, None if residual is None else residual.of(target.site, target.expert))
-        if last:
-            raise InputsSeen
-
-    return see
-
-
-def _transformed(see: Callable[[Tensor], None], layout: InputLayout) -> Callable[..., None]:
-    def watch(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        see(layout.apply(arguments[0].reshape(-1, layout.in_features)))
-
-    return watch
-
-
-def linear_in(block: nn.Module, name: str) -> nn.Linear:
-    """A block's linear that is not quantized yet, by its name in the block."""
-    linear = block.get_submodule(name)
-    assert isinstance(linear, nn.Linear), f"{name} is no linear in full precision"
-    return linear
 
 
 def _is_identity(permutation: Tensor) -> bool:

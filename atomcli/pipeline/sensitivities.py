@@ -34,9 +34,10 @@ from atomcli.formats.scheme import Scheme
 from atomcli.models.block import Site
 from atomcli.pipeline.calibrate import Calibration
 from atomcli.pipeline.check import check_tokens
+from atomcli.pipeline.hessians import Hessian, linear_in
 from atomcli.pipeline.journal import clear, locked
 from atomcli.pipeline.model import Walk, full_name
-from atomcli.pipeline.parameters import Hessian, linear_in, site_layout
+from atomcli.pipeline.parameters import site_layout
 from atomcli.pipeline.progress import Progress, Silent
 from atomcli.pipeline.residual import residual_weights
 from atomcli.pipeline.select import Group

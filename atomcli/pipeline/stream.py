@@ -6,6 +6,7 @@ cache keeps it in memory as long as there is room, and a full disk is an error i
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -17,44 +18,63 @@ from torch import Tensor
 from atomcli.checkpoint.files import write_error
 from atomcli.errors import InputError, RunError
 
+_LOG = logging.getLogger("atomcli")
+
 # Chunks of sequences are so large that the widest activation of a block takes about this much memory in fp32: on the
 # CPU what malloc reuses without asking the system (twice as fast as 64 MiB), on a GPU enough to fill it.
 _CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}
 
 
 class Stream:
-    """Hidden states (sequences, tokens, hidden) in `dtype`, in one file."""
+    """Hidden states (sequences, tokens, hidden) in `dtype`, in one file; or those of some of the sequences (`rows`)."""
 
-    def __init__(self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    def __init__(self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, rows: range | None = None) -> None:
         self.path, self.shape, self.dtype = path, shape, dtype
+        self.rows = range(shape[0]) if rows is None else rows
+
+    def part(self, rows: range) -> Stream:
+        """The same stream, of which only these sequences are read and written."""
+        return Stream(self.path, self.shape, self.dtype, rows)
+
+    @property
+    def _row_bytes(self) -> int:
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
 
     def chunks(self, sequences: int) -> Iterator[Tensor]:
         """The hidden states, `sequences` at a time, each (n, tokens, hidden); InputError when the file is damaged."""
-        count, row = self.shape[0], math.prod(self.shape[1:]) * self.dtype.itemsize
-        if not self.path.is_file() or self.path.stat().st_size != count * row:
+        row = self._row_bytes
+        if not self.path.is_file() or self.path.stat().st_size != self.shape[0] * row:
             raise InputError(
                 f"{self.path}, which the journal mentions, is missing or has the wrong size",
                 f"delete {self.path.parent} and run the same command again",
             )
         with self.path.open("rb", buffering=0) as file:
-            for start in range(0, count, sequences):
-                rows = min(sequences, count - start)
-                buffer = bytearray(rows * row)
-                view, filled = memoryview(buffer), 0
-                while filled < len(buffer):
+            file.seek(self.rows.start * row)
+            for start in range(0, len(self.rows), sequences):
+                rows = min(sequences, len(self.rows) - start)
+                # Aligned as torch aligns: products may differ in the last bit by where their operands lie.
+                chunk = torch.empty(rows, *self.shape[1:], dtype=self.dtype)
+                view, filled = memoryview(chunk.view(-1).view(torch.uint8).numpy().data), 0
+                while filled < len(view):
                     read = file.readinto(view[filled:])
                     if not read:
                         raise InputError(f"{self.path} ended while it was read", "run the same command again")
                     filled += read
-                # The copy is aligned as torch aligns: products may differ in the last bit by where their operands lie.
-                yield torch.frombuffer(buffer, dtype=self.dtype).view(rows, *self.shape[1:]).clone()
+                yield chunk
 
-    def write(self, chunks: Iterator[Tensor], where: str) -> None:
-        """Write the whole stream; `where` names what put it out. RunError when it is not finite or the disk is full."""
-        total = math.prod(self.shape) * self.dtype.itemsize
+    def write(self, chunks: Iterator[Tensor], where: str, sync: bool = True) -> None:
+        """Write all of its sequences; `where` names what put them out. RunError when not finite or the disk is full.
+
+        Without `sync` the caller calls `sync` before it relies on the file.
+        """
+        total, position = len(self.rows) * self._row_bytes, self.rows.start * self._row_bytes
         written = 0
         try:
-            with self.path.open("wb", buffering=0) as file:
+            handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            with os.fdopen(handle, "r+b", buffering=0) as file:
+                # At once as long as it will be: each process of a run writes its own part of it.
+                file.truncate(self.shape[0] * self._row_bytes)
+                file.seek(position)
                 for chunk in chunks:
                     check_finite(chunk, where)
                     flat = chunk.detach().to("cpu", self.dtype).contiguous().view(-1)
@@ -63,11 +83,20 @@ class Stream:
                     while done < len(data):
                         done += file.write(data[done:])
                     written += done
-                os.fsync(file.fileno())
+                if sync:
+                    os.fsync(file.fileno())
         except OSError as error:
             raise write_error(self.path, error, total, total - written) from error
         if written != total:
             raise RunError(f"{where} put out {written} bytes of hidden states instead of {total}")
+
+    def sync(self) -> None:
+        """Make what was written survive a power cut; RunError when the disk doesn't take it."""
+        try:
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise write_error(self.path, error, 0, 0) from error
 
 
 def check_finite(x: Tensor, where: str) -> None:
@@ -86,8 +115,64 @@ def chunk_sequences(tokens: int, width: int, device: torch.device) -> int:
     return max(1, _CHUNK_BYTES.get(device.type, _CHUNK_BYTES["cpu"]) // (4 * tokens * width))
 
 
-def run(stream: Stream, sequences: int, block: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
-    """What `block` makes of each chunk of a stream."""
+class AtOnce:
+    """How many sequences go through a block together; fewer from where memory runs out, which changes no result."""
+
+    def __init__(self, sequences: int) -> None:
+        self.sequences = sequences
+
+    def halve(self, sequences: int, error: Exception) -> None:
+        """Memory ran out with so many sequences: says so; RunError when it doesn't suffice for one."""
+        if sequences == 1:
+            raise RunError(
+                f"Memory does not suffice for one sequence in one block: {_short(error)}",
+                "Give fewer tokens with --sequence-length, or take a larger machine; finished blocks are kept",
+            ) from error
+        self.sequences = (sequences + 1) // 2
+        _LOG.warning("out of memory with %d sequences at a time: going on with %d", sequences, self.sequences)
+
+
+def run(
+    stream: Stream, at_once: AtOnce | int, block: Callable[[Tensor], Tensor], again: Callable[[], None] | None = None
+) -> Iterator[Tensor]:
+    """What `block` makes of each chunk of a stream; of halves of a chunk where memory doesn't suffice for it.
+
+    `again` is called before a chunk is computed anew.
+    """
+    limit = AtOnce(at_once) if isinstance(at_once, int) else at_once
     with torch.inference_mode():
-        for chunk in stream.chunks(sequences):
-            yield block(chunk)
+        for chunk in stream.chunks(limit.sequences):
+            waiting = [chunk]
+            while waiting:
+                output, piece = None, waiting.pop(0)
+                try:
+                    if piece.shape[0] <= limit.sequences:
+                        output = block(piece)
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    limit.halve(piece.shape[0], error)
+                    if again is not None:
+                        again()
+                if output is None:  # the memory that the error held is free only here
+                    free_unused()
+                    waiting[:0] = piece.split(limit.sequences)
+                else:
+                    yield output
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory, of the machine or of its GPU, ran out."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+
+
+def free_unused() -> None:
+    """Give back GPU memory that torch keeps for later."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _short(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

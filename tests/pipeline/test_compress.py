@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import atomcli.pipeline.compress as road
+import atomcli.pipeline.finish as ending
 from atomcli.checkpoint.source import open_source
 from atomcli.checkpoint.verify import verify_checkpoint
 from atomcli.errors import InputError, RunError, UnsupportedError, UsageError
@@ -211,7 +211,7 @@ def test_hidden_states_that_overflow_name_the_block(parent, tokens, tmp_path):
 
 def test_a_shard_that_changed_after_writing_is_not_published(parent, tokens, tmp_path, monkeypatch):
     """The proof reads the files, not the memory: a bit that flips on the disk is found."""
-    original = road.finish
+    original = ending.finish
 
     def finish_and_flip(directory, shards):
         manifest = original(directory, shards)
@@ -221,7 +221,7 @@ def test_a_shard_that_changed_after_writing_is_not_published(parent, tokens, tmp
         path.write_bytes(data)
         return manifest
 
-    monkeypatch.setattr(road, "finish", finish_and_flip)
+    monkeypatch.setattr(ending, "finish", finish_and_flip)
     with pytest.raises((RunError, InputError)):
         compress(parent(), small_recipe(), tmp_path / "out", tokens=tokens, device="cpu")
     assert not (tmp_path / "out").exists()
@@ -229,14 +229,14 @@ def test_a_shard_that_changed_after_writing_is_not_published(parent, tokens, tmp
 
 def test_a_checkpoint_that_computes_something_else_is_not_published(parent, tokens, tmp_path, monkeypatch):
     """Even when every file is what was written: here the cache format in the config is wrong."""
-    original = road.pack.quantization_config
+    original = ending.pack.quantization_config
 
     def lie(*arguments):
         config = original(*arguments)
         config["kv_cache"]["element"] = "float"
         return config
 
-    monkeypatch.setattr(road.pack, "quantization_config", lie)
+    monkeypatch.setattr(ending.pack, "quantization_config", lie)
     with pytest.raises(RunError, match="computes something else"):
         compress(parent(), small_recipe(), tmp_path / "out", tokens=tokens, device="cpu")
     assert not (tmp_path / "out").exists()

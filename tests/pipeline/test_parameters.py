@@ -9,8 +9,10 @@ from atomcli.checkpoint.verify import read_checkpoint
 from atomcli.kernels.reference import quantized_input
 from atomcli.pipeline.calibrate import calibrate
 from atomcli.pipeline.compress import compress
+from atomcli.pipeline.hessians import Hessian, InputsSeen, pooled, watched
 from atomcli.pipeline.model import start_walk
-from atomcli.pipeline.parameters import Hessian, InputsSeen, _enough, _pooled, fold, targets, watched
+from atomcli.pipeline.parameters import _enough, fold, targets
+from atomcli.pipeline.ranks import ALONE
 from atomcli.pipeline.select import select
 from atomcli.runtime.decoder import build_block
 from atomcli.runtime.linear import QuantLinear
@@ -92,7 +94,7 @@ def test_hessians_are_of_the_inputs_that_the_product_sees(family, activations, p
     found = targets(walk, 0, plan, energies)
     seen = []
     linears = {name: block.get_submodule(name) for target in found for name in target.linears}
-    with watched(block, found, walk.device) as hessians:
+    with watched(block, found, walk.device) as (hessians, _):
         first = block.get_submodule(found[0].linears[0])
         first.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].detach()))
         for sequence in hidden:
@@ -122,13 +124,13 @@ def test_an_expert_that_saw_too_little_leans_on_the_others(prepared):
     hessians = [Hessian(target.layout.in_features, walk.device) for target in found]
     for hessian, tokens in zip(hessians, (0, 20, 500, 500), strict=True):
         hessian.add(torch.randn(tokens, walk.config.hidden_size, generator=generator))
-    pooled = _pooled(found, hessians)["gate_up"]
+    together = pooled(found, hessians, [0] * len(found), ALONE)["gate_up"]
     total = sum(hessian.mean() * hessian.tokens for hessian in hessians) / 1020
-    assert torch.allclose(pooled, total, atol=1e-4)
-    assert torch.equal(_enough(hessians[0], pooled), pooled)
-    assert torch.equal(_enough(hessians[2], pooled), hessians[2].mean())
-    mixed = hessians[1].mean() * 0.25 + pooled * 0.75  # 20 tokens for 80 channels
-    assert torch.allclose(_enough(hessians[1], pooled), mixed, atol=1e-6)
+    assert torch.allclose(together, total, atol=1e-4)
+    assert torch.equal(_enough(hessians[0], together), together)
+    assert torch.equal(_enough(hessians[2], together), hessians[2].mean())
+    mixed = hessians[1].mean() * 0.25 + together * 0.75  # 20 tokens for 80 channels
+    assert torch.allclose(_enough(hessians[1], together), mixed, atol=1e-6)
 
 
 @pytest.mark.parametrize("rounding", ["gptq", "rtn"])

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 import atomcli.pipeline.calibrate as calibration_stage
-import atomcli.pipeline.compress as road
+import atomcli.pipeline.compress as order
+import atomcli.pipeline.finish as ending
+import atomcli.pipeline.road as road
 from atomcli.errors import InputError, RunError, UsageError
 from atomcli.pipeline.calibrate import calibrate
 from atomcli.pipeline.compress import compress
@@ -56,7 +58,7 @@ def expected(parent, tokens, tmp_path):
         (road, "write_shard", 1),  # a shard without its journal entry
         (road, "write_shard", 3),
         (road, "quantize_block", 2),
-        (road, "finish", 1),  # everything written, nothing proved
+        (ending, "finish", 1),  # everything written, nothing proved
         (calibration_stage, "write_shard", 3),  # in the middle of stage 1
         (calibration_stage, "publish", 1),  # between the stages
     ],
@@ -78,24 +80,24 @@ def _never(*arguments, **keywords):
     raise AssertionError("finished work is done again")
 
 
-@pytest.mark.parametrize("moment", ["_finish", "_publish", "publish"])
+@pytest.mark.parametrize("moment", ["write_rest", "_publish", "publish"])
 def test_a_run_interrupted_while_publishing_has_only_to_publish(
     moment, expected, parent, tokens, tmp_path, monkeypatch
 ):
     """After the proof: before anything is tidied away, in the middle of it, and right before the rename."""
     arguments = {"tokens": tokens, "device": "cpu"}
     with monkeypatch.context() as patch:
-        if moment == "_finish":
-            interrupt_at(patch, road, "_finish", 1)
+        if moment == "write_rest":
+            interrupt_at(patch, order, "write_rest", 1)
         elif moment == "_publish":
-            interrupt_at(patch, road.shutil, "rmtree", 1)
+            interrupt_at(patch, order.shutil, "rmtree", 1)
         else:
-            patch.setattr(road, "publish", interrupted)
+            patch.setattr(order, "publish", interrupted)
         with pytest.raises(Interrupted):
             compress(parent(**LAYERS), small_recipe(), tmp_path / "out", **arguments)
     assert not (tmp_path / "out").exists()
-    for name in ("calibrate", "_finish", "quantize_block"):
-        monkeypatch.setattr(road, name, _never)
+    for name in ("calibrate", "write_rest"):
+        monkeypatch.setattr(order, name, _never)
     compress(parent(**LAYERS), small_recipe(), tmp_path / "out", **arguments)
     assert files_of(tmp_path / "out") == expected
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
@@ -124,16 +126,16 @@ def test_an_abandoned_calibration_is_not_published(parent, tokens, tmp_path, mon
 
 def test_finished_blocks_are_not_done_again(parent, tokens, tmp_path, monkeypatch):
     done = []
-    original = road._Road.block
+    original = road.Road.block
 
-    def counted(self, index):
+    def counted(self, index, journal):
         if index == 2 and 2 not in done:
             done.append(index)
             raise Interrupted
         done.append(index)
-        return original(self, index)
+        return original(self, index, journal)
 
-    monkeypatch.setattr(road._Road, "block", counted)
+    monkeypatch.setattr(road.Road, "block", counted)
     arguments = {"tokens": tokens, "device": "cpu"}
     with pytest.raises(Interrupted):
         compress(parent(**LAYERS), small_recipe(), tmp_path / "out", **arguments)
@@ -185,7 +187,7 @@ def test_a_changed_recipe_is_noticed_and_said(parent, tokens, tmp_path, monkeypa
         compress(parent("qwen3"), small_recipe(), tmp_path / "out", tokens=tokens, device="cpu")
     with pytest.raises(UsageError, match="tokens was"):
         compress(parent(), small_recipe(), tmp_path / "out", tokens=tokens[:4], device="cpu")
-    monkeypatch.setattr(road, "__version__", "99.0")
+    monkeypatch.setattr(order, "__version__", "99.0")
     with pytest.raises(UsageError, match=r"atom was .*, now \"99\.0\""):
         compress(parent(), small_recipe(), tmp_path / "out", tokens=tokens, device="cpu")
     compress(parent(), changed, tmp_path / "out", tokens=tokens, device="cpu", overwrite=True)
@@ -194,7 +196,7 @@ def test_a_changed_recipe_is_noticed_and_said(parent, tokens, tmp_path, monkeypa
 
 def test_a_damaged_shard_of_an_interrupted_run_is_noticed(parent, tokens, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        interrupt_at(patch, road, "finish", 1)
+        interrupt_at(patch, ending, "finish", 1)
         with pytest.raises(Interrupted):
             compress(parent(), small_recipe(), tmp_path / "out", tokens=tokens, device="cpu")
     shard = tmp_path / "out.unfinished" / "model-00001.safetensors"

@@ -8,13 +8,14 @@ import torch
 
 from atomcli.checkpoint.tensorfile import TensorFile
 from atomcli.errors import InputError, UsageError
-from atomcli.pipeline import compress as road
+from atomcli.pipeline import road
 from atomcli.pipeline import sensitivities as stage
 from atomcli.pipeline.budget import choose, loss_table, plan_of, sizes_of
 from atomcli.pipeline.calibrate import calibrate
 from atomcli.pipeline.compress import compress
+from atomcli.pipeline.hessians import Hessian, InputsSeen, watched
 from atomcli.pipeline.model import start_walk
-from atomcli.pipeline.parameters import Hessian, InputsSeen, fold, targets, watched
+from atomcli.pipeline.parameters import fold, targets
 from atomcli.pipeline.residual import residual_weights
 from atomcli.pipeline.select import groups_of, load_plan, save_plan, select, uniform
 from atomcli.pipeline.sensitivities import sensitivities_of
@@ -247,7 +248,7 @@ def test_token_weights_are_those_of_the_residual_stream(family, measured):
         assert torch.equal(weights, every)
     expected = Hessian(down.in_features, walk.device)
     expected.add(target.layout.apply(seen["x"]) * weights.sqrt()[:, None])
-    with watched(block, found, walk.device, "residual") as hessians, suppress(InputsSeen):
+    with watched(block, found, walk.device, "residual") as (hessians, _), suppress(InputsSeen):
         walk.forward(block, 0, hidden)
     position = found.index(target)
     assert hessians[position].tokens == seen["x"].shape[0]

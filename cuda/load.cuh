@@ -1,5 +1,6 @@
 // Moving data into an SM: shared memory addresses, barriers that count bytes, bulk copies, launch dependence.
 #pragma once
+#include "chain.cuh"
 
 using uint8 = unsigned char;
 using uint16 = unsigned short;
@@ -40,7 +41,6 @@ INLINE void barrier_wait(uint64& barrier, uint32 parity) {
 // ---- named barriers among some warps of a block; ids 1..15 (0 is __syncthreads)
 
 INLINE void named_barrier_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
-INLINE void named_barrier_arrive(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
 // ---- bulk copies global -> shared: contiguous, multiples of 16 bytes, completing on a barrier
 
@@ -80,11 +80,6 @@ INLINE uint32 cluster_rank() {
 INLINE void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-
-// ---- programmatic dependent launch: both do nothing when the launch did not ask for it
-
-INLINE void allow_next_kernel() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-INLINE void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 // ---- registers per thread, for the whole warpgroup that executes it
 

@@ -1,13 +1,16 @@
 """Attention on a paged, quantized cache: append new tokens, decode one token per sequence, prefill many.
 
 Three torch operators (`atom::kv_append`, `atom::attention_decode`, `atom::attention_prefill`), so that torch.compile
-and CUDA graphs can hold them. Where no kernel serves, the reference runs.
+and CUDA graphs can hold them. Where no kernel serves (`why_not`), the reference runs.
 """
+
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from atomcli.errors import UnsupportedError
+from atomcli.kernels import attention_launch, compiler, dispatch
 from atomcli.kernels import attention_reference as reference
 from atomcli.kernels.attention_reference import Rope
 from atomcli.kernels.pages import PageFormat
@@ -127,6 +130,18 @@ def prefill(
     return out
 
 
+def why_not(
+    fmt: PageFormat,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.bfloat16,
+    key_bias: bool = False,
+    keys_rotated: bool = True,
+) -> str | None:
+    """Why the reference decodes these pages on `device`, or None where a kernel does."""
+    reason = _machine_reason(torch.device(device)) or attention_launch.why_not(fmt, dtype, keys_rotated)
+    return "a key bias is added back by the reference alone" if reason is None and key_bias else reason
+
+
 def _check(query: Tensor, pool: Tensor, fmt: PageFormat) -> None:
     if query.dim() != 3 or query.shape[2] != fmt.head_dim:
         raise UnsupportedError(f"Queries are (tokens, heads, {fmt.head_dim}), not {tuple(query.shape)}.")
@@ -159,8 +174,27 @@ def _append(
     pool: Tensor, element: str, page: int, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor,
     slots: Tensor, hadamard: bool, rotate_keys: bool, rotated: Tensor,
 ) -> None:  # fmt: skip
-    fmt = PageFormat(element, query.shape[2], page)  # type: ignore[arg-type]
-    rotated.copy_(reference.append(pool, fmt, query, key, value, cos, sin, slots, hadamard, rotate_keys))
+    fmt = _format(element, query.shape[2], page)
+    if not len(query):
+        return
+    if why_not(fmt, query.device) is None:
+        load = attention_launch.load_on(query.device)
+        attention_launch.launch_append(
+            load,
+            pool,
+            fmt,
+            query,
+            key,
+            value,
+            cos.contiguous(),
+            sin.contiguous(),
+            slots,
+            hadamard,
+            rotate_keys,
+            rotated,
+        )
+    else:
+        rotated.copy_(reference.append(pool, fmt, query, key, value, cos, sin, slots, hadamard, rotate_keys))
 
 
 def _decode(
@@ -168,7 +202,15 @@ def _decode(
     window: int | None, key_bias: Tensor | None, value_bias: Tensor | None, cos: Tensor | None, sin: Tensor | None,
     hadamard: bool, keys_rotated: bool, out: Tensor,
 ) -> None:  # fmt: skip
-    fmt = PageFormat(element, query.shape[2], page)  # type: ignore[arg-type]
+    fmt, device = _format(element, query.shape[2], page), query.device
+    if not len(query):
+        return
+    if why_not(fmt, device, query.dtype, key_bias is not None, keys_rotated) is None:
+        attention_launch.launch_decode(
+            attention_launch.load_on(device), query, pool, fmt, page_table, lengths, scaling, window, value_bias, out,
+            processors=compiler.multiprocessors(device), shared_limit=attention_launch.SHARED_LIMITS[compiler.architecture(device)],
+        )  # fmt: skip
+        return
     rope = None if cos is None or sin is None else (cos, sin)
     starts = torch.arange(len(lengths) + 1)
     reference.attend(
@@ -182,12 +224,22 @@ def _prefill(
     scaling: float, window: int | None, key_bias: Tensor | None, value_bias: Tensor | None, cos: Tensor | None,
     sin: Tensor | None, hadamard: bool, keys_rotated: bool, out: Tensor,
 ) -> None:  # fmt: skip
-    fmt = PageFormat(element, query.shape[2], page)  # type: ignore[arg-type]
+    fmt = _format(element, query.shape[2], page)
     rope = None if cos is None or sin is None else (cos, sin)
     reference.attend(
         query, pool, fmt, page_table, query_starts, lengths, scaling, window, key_bias, value_bias, rope, hadamard,
         keys_rotated, out,
     )  # fmt: skip
+
+
+@cache
+def _format(element: str, head_dim: int, page: int) -> PageFormat:
+    return PageFormat(element, head_dim, page)  # type: ignore[arg-type]
+
+
+@cache
+def _machine_reason(device: torch.device) -> str | None:
+    return dispatch.machine_reason(device)
 
 
 def _nothing(*_: object) -> None:

@@ -147,6 +147,14 @@ template <class... A> void launch(void (*kernel)(A...), Dim grid, unsigned threa
 inline void __syncthreads() { host::meet(host::block_meeting, blockDim.x); }
 inline void __syncwarp(unsigned = 0) { host::meet_warp(); }
 template <class T> T __shfl_xor_sync(unsigned, T value, int mask) { return host::taken<T>(host::share(value)[host::lane() ^ mask]); }
+inline unsigned __reduce_max_sync(unsigned, unsigned value) {
+  const uint64_t* values = host::share(value);
+  return unsigned(*std::max_element(values, values + host::warp_size()));
+}
+inline unsigned __reduce_min_sync(unsigned, unsigned value) {
+  const uint64_t* values = host::share(value);
+  return unsigned(*std::min_element(values, values + host::warp_size()));
+}
 template <class T> T __shfl_sync(unsigned, T value, int lane) { return host::taken<T>(host::share(value)[lane]); }
 inline int __any_sync(unsigned, int predicate) {
   const uint64_t* votes = host::share(predicate != 0);
@@ -155,6 +163,7 @@ inline int __any_sync(unsigned, int predicate) {
 inline unsigned atomicMax(unsigned* target, unsigned value) { unsigned old = *target; *target = max(old, value); return old; }
 inline int atomicAdd(int* target, int value) { int old = *target; *target += value; return old; }
 inline void __threadfence() {}
+template <class T> T __ldcg(const T* from) { return *from; }
 
 inline unsigned __float_as_uint(float value) { unsigned bits; memcpy(&bits, &value, 4); return bits; }
 inline float __uint_as_float(unsigned bits) { float value; memcpy(&value, &bits, 4); return value; }

@@ -1,0 +1,177 @@
+"""How the attention kernels are run: what is compiled in, grids, shared memory, and room for partial results."""
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from atomcli.kernels import compiler
+from atomcli.kernels.pages import PageFormat
+from atomcli.kernels.warp_gemm import workspace
+
+DECODE, APPEND = "attention_decode", "append_kv"  # cuda/<name>.cu, and the entry in it
+INPUTS = {torch.float32: "float", torch.float16: "fp16", torch.bfloat16: "bf16"}
+QUERIES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+HEAD_DIMS = (64, 96, 128, 256)
+WARPS = 4
+# Bytes of shared memory that one block may have.
+SHARED_LIMITS = {
+    "80": 163 << 10,
+    "86": 99 << 10,
+    "89": 99 << 10,
+    "90a": 227 << 10,
+    "100a": 227 << 10,
+    "120a": 99 << 10,
+}
+NO_WINDOW = (1 << 31) - 1
+LOG2_E = 1.4426950408889634
+
+
+class Launchable(Protocol):
+    """A loaded kernel: compiler.Kernel, or its stand-in on the host."""
+
+    def launch(
+        self, grid: int | tuple[int, ...], block: int, *arguments: Tensor | int | float | None, overlap: bool = False
+    ) -> None:
+        """Enqueue one launch."""
+        ...
+
+
+class Loader(Protocol):
+    """Finds a compiled kernel."""
+
+    def __call__(self, name: str, defines: dict[str, int | str], shared_bytes: int) -> Launchable: ...
+
+
+def why_not(fmt: PageFormat, dtype: torch.dtype, keys_rotated: bool = True) -> str | None:
+    """Why no kernel serves these pages and queries, or None where one does."""
+    if fmt.head_dim not in HEAD_DIMS:
+        return f"the kernels are built for a head_dim of {', '.join(map(str, HEAD_DIMS))}, not of {fmt.head_dim}"
+    if dtype not in QUERIES:
+        return f"the kernels read bfloat16 or float16 queries, not {dtype}"
+    if not keys_rotated:
+        return "keys stored before RoPE are rotated by the reference alone"
+    return None
+
+
+# ----------------------------------------------------------------------------------------------- decode
+
+
+class DecodePlan(NamedTuple):
+    """One compiled decode kernel: its defines, query heads of a block, shared memory, blocks that fit an SM."""
+
+    defines: dict[str, int | str]
+    columns: int
+    shared_bytes: int
+    blocks_per_processor: int
+
+
+def plan_decode(fmt: PageFormat, dtype: torch.dtype, group: int, shared_limit: int) -> DecodePlan:
+    """The kernel for `group` query heads per KV head: 8 or 16 columns of an MMA, a ring of three stages if they fit.
+
+    A warp's chunk is 32 tokens of short rows, 16 of long ones, 2 to 16 KB: with 16 warps on an SM of an H100 two stages
+    in flight are 64 KB and more, which is what its memory needs.
+    """
+    tiles = 2 if group > 8 and fmt.head_dim <= 128 else 1
+    chunk = 32 if fmt.code_bytes <= 64 else 16
+    blocks = 4 if tiles == 1 and fmt.head_dim <= 128 else 2
+    columns = 8 * tiles
+    queries = columns * (fmt.head_dim * 2 + 8)
+    records = WARPS * columns * (fmt.head_dim + 2) * 4
+    stages = 3
+    while stages > 2 and queries + WARPS * stages * chunk * fmt.bytes_per_token > shared_limit:
+        stages -= 1
+    shared = max(queries + WARPS * stages * chunk * fmt.bytes_per_token, records)
+    defines: dict[str, int | str] = {
+        "ELEMENT": fmt.element.upper(),
+        "HEAD_DIM": fmt.head_dim,
+        "PAGE": fmt.page,
+        "QUERY": QUERIES[dtype],
+        "QUERY_TILES": tiles,
+        "CHUNK": chunk,
+        "WARPS": WARPS,
+        "STAGES": stages,
+        "BLOCKS_PER_SM": blocks,
+    }
+    return DecodePlan(defines, columns, shared, blocks)
+
+
+def splits_for(places: int, chunks: int, slots: int) -> int:
+    """Parts that each sequence's chunks are cut into, so that `places` KV heads fill the `slots` of the card."""
+    return max(1, min(slots // places, -(-chunks // WARPS)))
+
+
+def launch_decode(
+    load: Loader, query: Tensor, pool: Tensor, fmt: PageFormat, page_table: Tensor, lengths: Tensor, scaling: float,
+    window: int | None, value_bias: Tensor | None, out: Tensor, *, processors: int, shared_limit: int,
+    splits: int | None = None,
+) -> None:  # fmt: skip
+    """Enqueue the decode kernel; the number of parts depends on shapes alone, never on lengths."""
+    query = _dense_heads(query)
+    (batch, heads, head_dim), kv_heads = query.shape, pool.shape[1]
+    plan = plan_decode(fmt, query.dtype, heads // kv_heads, shared_limit)
+    blocks = kv_heads * -(-heads // kv_heads // plan.columns)
+    chunks = page_table.shape[1] * fmt.page // int(plan.defines["CHUNK"])
+    if splits is None:
+        splits = splits_for(batch * blocks, chunks, processors * plan.blocks_per_processor)
+    floats = batch * blocks * splits * plan.columns * (head_dim + 2) if splits > 1 else 1
+    partials, arrivals = scratch(query.device, floats, batch * blocks)
+    load(DECODE, plan.defines, plan.shared_bytes).launch(
+        (blocks, splits, batch), WARPS * 32, query, pool, page_table, lengths, value_bias, out, partials, arrivals,
+        heads, kv_heads, page_table.shape[1], query.stride(0), NO_WINDOW if window is None else window,
+        scaling * LOG2_E, overlap=True,
+    )  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------- append
+
+
+def append_defines(fmt: PageFormat, dtype: torch.dtype, hadamard: bool, rotate_keys: bool) -> dict[str, int | str]:
+    """What is compiled into the append kernel."""
+    return {
+        "ELEMENT": fmt.element.upper(),
+        "HEAD_DIM": fmt.head_dim,
+        "PAGE": fmt.page,
+        "INPUT": INPUTS[dtype],
+        "HADAMARD": int(hadamard),
+        "ROTATE_KEYS": int(rotate_keys),
+        "WARPS": WARPS,
+    }
+
+
+def launch_append(
+    load: Loader, pool: Tensor, fmt: PageFormat, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor,
+    slots: Tensor, hadamard: bool, rotate_keys: bool, rotated: Tensor,
+) -> None:  # fmt: skip
+    """Enqueue the append kernel: a warp for each vector of each token."""
+    (tokens, heads, _), kv_heads = query.shape, pool.shape[1]
+    query, key, value = (_dense_heads(x) for x in (query, key, value))
+    load(APPEND, append_defines(fmt, query.dtype, hadamard, rotate_keys), 0).launch(
+        (tokens, -(-(heads + 2 * kv_heads) // WARPS)), WARPS * 32, pool, query, key, value, cos, sin, slots, rotated,
+        heads, kv_heads, query.stride(0), key.stride(0), value.stride(0), overlap=True,
+    )  # fmt: skip
+
+
+def _dense_heads(x: Tensor) -> Tensor:
+    """x (tokens, heads, head_dim) whose heads lie one after the other; tokens may be apart, as in a merged product."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+
+
+# -------------------------------------------------------------------------------------------- workspace
+
+
+def scratch(device: torch.device, floats: int, arrivals: int) -> tuple[Tensor, Tensor]:
+    """Room for partial results, and counters that are zero between launches."""
+    if device.type != "cuda":
+        return torch.full((floats,), float("nan")), torch.zeros(arrivals, dtype=torch.int32)
+    space = workspace(device, "attention", floats, arrivals)
+    return space.partials, space.flags
+
+
+def load_on(device: torch.device) -> Loader:
+    """Kernels of a card."""
+
+    def load(name: str, defines: dict[str, int | str], shared_bytes: int) -> Launchable:
+        return compiler.load_kernel(f"{name}.cu", name, device, defines, shared_bytes)
+
+    return load

@@ -1,42 +1,39 @@
-"""A whole model's speed: prefill, time to first token, decode, and the bytes of weights and KV cache.
+"""A whole model's speed in the fused runtime: prefill, decode, the bytes it holds, and how near it is to the limit.
 
-Timed is what a server does for a batch of equal prompts: the prompt in one forward pass up to the first token on the
-host, then one token at a time from the model's own cache, greedy, each token brought to the host. Models are loaded one
-after the other, so a parent and its checkpoint never share memory. Which path ran is asked of the layers and said in
-the note: a speed of the reference path says nothing about the kernels.
+Timed is what a server does for a batch of equal prompts: all prompts in one pass up to their first tokens on the host,
+then one token of each at a time, greedy, every step's tokens brought to the host. Models are loaded one after the
+other, so a parent and its checkpoint never share memory. The note says what ran: a speed of the reference says nothing
+about the kernels.
 """
 
 import gc
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from atomcli.benchmarks.report import Row, exact, measure
-from atomcli.errors import UsageError
-from atomcli.runtime.cache import QuantizedKVLayer, cache_bytes
-from atomcli.runtime.linear import QuantLinear, pick_kernel, reference_kernel
+from atomcli.benchmarks.gemm import INT8_PEAK, MEMORY_BANDWIDTH
+from atomcli.benchmarks.report import Measure, Row, exact, measure
+from atomcli.benchmarks.systems import System
+from atomcli.errors import AtomError, RunError, UsageError
+from atomcli.runtime.decoding import DecodeRows
+from atomcli.runtime.fused import FusedModel
+from atomcli.runtime.pages import Pages, require_room
 
 SEED = 0
+BF16_PEAK = {"H100": 0.8e15, "H200": 0.8e15}  # operations/s of a large cuBLAS product, measured
 
+# Prompts are computed in one pass up to here; beyond, a batch's prompts are copies of one, and prefill is not timed.
+PREFILL_TOKENS = 16384
 
-@dataclass(frozen=True)
-class Run:
-    """One generation: seconds of the prompt's forward pass, to the first token, and of all later steps; KV bytes."""
-
-    prefill: float
-    first_token: float
-    decode: float
-    kv_bytes: int
-    quantized_cache: bool
+_MEASURES = ("prefill", "first token", "decode", "step", "of limit", "KV cache", "weights")
 
 
 def bench_model(
-    models: Mapping[str, Callable[[], Any]],
+    systems: Sequence[System],
     batches: Sequence[int],
     contexts: Sequence[int],
     new_tokens: int = 32,
@@ -44,10 +41,10 @@ def bench_model(
     warmup: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Row]:
-    """A row per model, batch and context, rows of one setting side by side; medians and quartiles over `repeats`.
+    """A row per system, batch and context, rows of one setting side by side, with ratios to the first system.
 
-    `models` maps a name to its loader. Raises UsageError for a setting below 1 or a context that a model can't take;
-    a setting that runs out of memory keeps its row, with no numbers and the reason in the note.
+    Raises UsageError for a setting below 1 or a context that a model can't take; a setting that doesn't fit into memory
+    keeps its row, with no numbers and the reason in the note.
     """
     for option, values in (
         ("--batch", batches),
@@ -58,141 +55,163 @@ def bench_model(
         if not values or min(values) < 1:
             raise UsageError(f"{option} {', '.join(map(str, values))}: every value must be at least 1")
     grid = list(product(batches, contexts))
-    total = len(models) * len(grid) * (warmup + repeats)
-    done = 0
-
-    def step() -> None:
-        nonlocal done
-        done += 1
-        if progress is not None:
-            progress(done, total)
-
     rows: dict[tuple[int, int], list[Row]] = {setting: [] for setting in grid}
-    for name, load in models.items():
-        model = load()
-        _check_contexts(name, model, contexts, new_tokens)
-        for batch, context in grid:
-            row = _bench_setting(name, model, batch, context, new_tokens, repeats, warmup, step)
-            rows[batch, context].append(row)
+    done = 0
+    for system in systems:
+        model = system.load()
+        check_context(system.name, model, max(contexts) + new_tokens)
+        for setting in grid:
+            rows[setting].append(_setting(system.name, model, *setting, new_tokens, repeats, warmup))
+            done += 1
+            if progress is not None:
+                progress(done, len(systems) * len(grid))
         del model
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    return [row for setting in grid for row in rows[setting]]
+        release_memory()
+    return [_beside(row, settings[0]) for settings in rows.values() for row in settings]
 
 
-def weight_bytes(model: nn.Module) -> int:
-    """Bytes of parameters and buffers as they lie in memory; storage that two of them share counts once."""
-    tensors = {tensor.data_ptr(): tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.numel()}
-    return sum(tensor.nbytes for tensor in tensors.values())
+def check_context(name: str, model: FusedModel, tokens: int) -> None:
+    """Raise UsageError when a model has fewer positions than `tokens`."""
+    if tokens > model.context:
+        raise UsageError(
+            f"{tokens} tokens, prompt and new ones, exceed the {model.context} positions of {name}",
+            "use a smaller --context",
+        )
 
 
-def path_note(model: nn.Module, tokens: int) -> str:
-    """Which implementation the quantized linears take for `tokens` rows of input; says so when none is quantized."""
-    linears = [module for module in model.modules() if isinstance(module, QuantLinear)]
-    if not linears:
-        return "16-bit linears of torch" if _element_size(model) == 2 else "fp32 linears of torch"
-    without_kernel = 0
-    for linear in linears:
-        x = torch.empty(tokens, linear.in_features, dtype=_dtype(model), device=_device(model))
-        without_kernel += pick_kernel(linear, x) is reference_kernel
-    if without_kernel == len(linears):
-        return "reference path: no kernel runs, each product dequantizes in torch"
-    if without_kernel:
-        return f"kernels in {len(linears) - without_kernel} of {len(linears)} linears, the reference path in the others"
-    return f"kernels in all {len(linears)} quantized linears"
+def release_memory() -> None:
+    """Give back what a model that is no longer referred to held."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
-@torch.inference_mode()
-def generate_once(model: Any, prompts: Tensor, new_tokens: int) -> Run:
-    """Times one greedy generation; prompts (batch, context) on the model's device, `new_tokens` after the first."""
-    _synchronize(prompts.device)
-    start = time.perf_counter()
-    output = model(input_ids=prompts, use_cache=True, logits_to_keep=1)
-    _synchronize(prompts.device)
-    prefilled = time.perf_counter()
-    token = output.logits[:, -1:].argmax(-1)
-    token.tolist()
-    first = time.perf_counter()
-    cache = output.past_key_values
-    kv_bytes = cache_bytes(cache)
-    quantized = any(isinstance(layer, QuantizedKVLayer) for layer in cache.layers)
-    begin = time.perf_counter()
-    for _ in range(new_tokens):
-        output = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        token = output.logits[:, -1:].argmax(-1)
-        token.tolist()  # a server must see each token before it can stop or stream it
-    return Run(prefilled - start, first - start, time.perf_counter() - begin, kv_bytes, quantized)
+def weight_bytes(model: FusedModel) -> int:
+    """Bytes of all weights; an embedding that is the head too counts once."""
+    return model.read_bytes + (0 if model.config.tie_word_embeddings else model.embedding.nbytes)
 
 
-def _bench_setting(
-    name: str,
-    model: Any,
-    batch: int,
-    context: int,
-    new_tokens: int,
-    repeats: int,
-    warmup: int,
-    step: Callable[[], None],
-) -> Row:
+def path_note(model: FusedModel) -> str:
+    """What runs the blocks' products, what the pages hold, and whether steps are graphs."""
+    names = sorted(set(model.kernels))
+    shares = [f"{name} ({model.kernels.count(name)})" if len(names) > 1 else name for name in names]
+    graphs = "CUDA graphs" if model.capturable else "no graphs"
+    return f"{', '.join(shares)}; {model.format.element} pages; {graphs}"
+
+
+def _setting(name: str, model: FusedModel, batch: int, context: int, new_tokens: int, repeats: int, warmup: int) -> Row:
     labels: dict[str, str | int | float] = {"model": name, "batch": batch, "context": context}
     extra: dict[str, str | int | float] = {
         "new_tokens": new_tokens,
         "warmup": warmup,
-        "dtype": str(_dtype(model)),
-        "device": str(_device(model)),
+        "dtype": str(model.dtype),
+        "device": str(model.device),
     }
-    generator = torch.Generator().manual_seed(SEED)
-    prompts = torch.randint(model.config.vocab_size, (batch, context), generator=generator).to(_device(model))
-    runs = []
+    measures: dict[str, Measure | None] = dict.fromkeys(_MEASURES)
+    measures["weights"] = exact(weight_bytes(model), "bytes")
     try:
-        for index in range(warmup + repeats):
-            run = generate_once(model, prompts, new_tokens)
-            if index >= warmup:
-                runs.append(run)
-            step()
-    except torch.OutOfMemoryError:
-        columns = ("prefill", "first token", "decode", "KV cache")
-        empty = dict.fromkeys(columns) | {"weights": exact(weight_bytes(model), "bytes")}
-        return Row(labels, empty, "out of memory", extra)
-    measures = {
-        "prefill": measure([batch * context / run.prefill for run in runs], "tokens/s"),
-        "first token": measure([run.first_token * 1e3 for run in runs], "ms"),
-        "decode": measure([batch * new_tokens / run.decode for run in runs], "tokens/s"),
-        "KV cache": exact(runs[0].kv_bytes, "bytes"),
-        "weights": exact(weight_bytes(model), "bytes"),
-    }
-    return Row(labels, measures, _note(model, batch, context, runs[0]), extra)
+        pages = require_room(model, batch, context + new_tokens)
+        batch_of = Batch(model, batch, context, new_tokens)
+        prefills = [] if batch * context > PREFILL_TOKENS else [batch_of.prefill() for _ in range(warmup + repeats)]
+        steps = batch_of.decode()
+    except (RunError, torch.OutOfMemoryError) as error:
+        reason = f"{error.what}: {error.hint}" if isinstance(error, AtomError) else "out of memory"
+        return Row(labels, measures, reason, extra)
+    if prefills:
+        measures["prefill"] = measure([batch * context / seconds for seconds in prefills[warmup:]], "tokens/s")
+        measures["first token"] = measure([seconds * 1e3 for seconds in prefills[warmup:]], "ms")
+    measures["decode"] = measure([batch / seconds for seconds in steps], "tokens/s")
+    measures["step"] = measure([seconds * 1e3 for seconds in steps], "ms")
+    measures["KV cache"] = exact(model.pool_bytes(pages), "bytes")
+    limit = step_limit(model, batch, context + new_tokens // 2)
+    if limit is not None:
+        measures["of limit"] = measure([100 * limit / seconds for seconds in steps], "%")
+    return Row(labels, measures, path_note(model), extra)
 
 
-def _note(model: Any, batch: int, context: int, run: Run) -> str:
-    """What ran in prefill and in decode, once when it is the same, and how the cache is read."""
-    prefill, decode = path_note(model, batch * context), path_note(model, batch)
-    note = decode if prefill == decode else f"prefill: {prefill}; decode: {decode}"
-    return f"{note}; attention dequantizes the cache" if run.quantized_cache else note
+class Batch:
+    """`batch` sequences of `context` random tokens each, in pages of their own, with room for `new_tokens` more."""
+
+    def __init__(self, model: FusedModel, batch: int, context: int, new_tokens: int) -> None:
+        self.model, self.batch, self.context, self.new_tokens = model, batch, context, new_tokens
+        page = model.format.page
+        self.width = -(-(context + new_tokens) // page)
+        pages = Pages(batch * self.width, page)
+        held: list[list[int]] = [[] for _ in range(batch)]
+        for row in held:
+            pages.extend(row, context + new_tokens)
+        self.held = held
+        self.pools = model.new_pools(batch * self.width)
+        generator = torch.Generator().manual_seed(SEED)
+        vocabulary = model.config.vocab_size
+        self.prompts = torch.randint(vocabulary, (batch, context), generator=generator).to(model.device)
+        self.table = torch.tensor(held, dtype=torch.int32, device=model.device)
+
+    def prefill(self, rows: int | None = None) -> float:
+        """Seconds from the prompts of the first `rows` sequences, all by default, to their first tokens on the host."""
+        synchronize(self.model.device)
+        begin = time.perf_counter()
+        self._prefill(self.batch if rows is None else rows).tolist()
+        return time.perf_counter() - begin
+
+    def decode(self) -> list[float]:
+        """Seconds of each of `new_tokens` steps, after one that warms up; uncomputed prompts become copies of one."""
+        if self.batch * self.context > PREFILL_TOKENS:
+            self.prefill(1)
+            for pool in self.pools:
+                for row in range(1, self.batch):
+                    pool[self.table[row].long()] = pool[self.table[0].long()]
+        rows = DecodeRows(self.model, self.pools, self.batch, self.width)
+        seconds = []
+        for step in range(self.new_tokens + 1):
+            if step < 2:  # the first step warms up: it is taken again
+                for row, held in enumerate(self.held):
+                    rows.place(row, int(self.prompts[row, -1]), self.context, held)
+            synchronize(self.model.device)
+            begin = time.perf_counter()
+            rows.step(self.batch)
+            seconds.append(time.perf_counter() - begin)
+        return seconds[1:]
+
+    @torch.inference_mode()
+    def _prefill(self, rows: int) -> Tensor:
+        device, page, context = self.model.device, self.model.format.page, self.context
+        positions = torch.arange(context, device=device).repeat(rows)
+        owners = torch.arange(rows, device=device).repeat_interleave(context)
+        table = self.table[:rows]
+        slots = table[owners, positions // page].long() * page + positions % page
+        starts = torch.arange(rows + 1, dtype=torch.int32, device=device) * context
+        lengths = torch.full((rows,), context, dtype=torch.int32, device=device)
+        step = self.model.step(positions, slots, table, lengths, query_starts=starts)
+        x, residual = self.model.hidden(self.prompts[:rows].flatten(), step, self.pools)
+        last = starts[1:].long() - 1
+        return self.model.logits(x[last], residual[last]).argmax(-1)
 
 
-def _check_contexts(name: str, model: Any, contexts: Sequence[int], new_tokens: int) -> None:
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and max(contexts) + new_tokens > longest:
-        raise UsageError(
-            f"--context {max(contexts)} and {new_tokens} new tokens exceed the {longest} positions of {name}",
-            f"use a context of at most {longest - new_tokens}",
-        )
+def step_limit(model: FusedModel, batch: int, context: int) -> float | None:
+    """Seconds that the card needs at least for a decode step: for its bytes or its operations, whichever is longer."""
+    if model.device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(model.device)
+    card = next((key for key in MEMORY_BANDWIDTH if key in name), None)
+    if card is None:
+        return None
+    cache = batch * context * model.format.bytes_per_token * model.kv_heads * len(model.blocks)
+    peak = BF16_PEAK if "torch" in model.kernels else INT8_PEAK
+    operations = 2.0 * batch * model.parameters
+    return max((model.read_bytes + cache) / MEMORY_BANDWIDTH[card], operations / peak[card])
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait for the device, where it works by itself."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def _device(model: Any) -> torch.device:
-    return model.get_input_embeddings().weight.device
-
-
-def _dtype(model: Any) -> torch.dtype:
-    return model.get_input_embeddings().weight.dtype
-
-
-def _element_size(model: Any) -> int:
-    return _dtype(model).itemsize
+def _beside(row: Row, first: Row) -> Row:
+    """The row with its speed over the first system's of the same setting."""
+    ratios: dict[str, Any] = {}
+    for name in ("prefill", "decode"):
+        own, other = row.measures[name], first.measures[name]
+        ratios[f"{name} ratio"] = None if own is None or other is None else exact(own.median / other.median, "×")
+    return Row(row.labels, {**row.measures, **ratios}, row.note, row.extra)

@@ -8,7 +8,6 @@ model's, which keeps the arithmetic's power, and so the clock, realistic.
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -46,22 +45,12 @@ def made_up(
     return FusedModel(outer, _blocks(config, scheme, kv, device), context)
 
 
-def made_up_systems(
-    config: PreTrainedConfig,
-    schemes: dict[str, tuple[Scheme | None, KVFormat]],
-    device: torch.device,
-    context: int | None = None,
-) -> list[System]:
-    """Systems of one shape by name, each with its scheme and cache format."""
-    return [
-        System(name, partial(made_up, config, scheme, kv, device, context)) for name, (scheme, kv) in schemes.items()
-    ]
-
-
-PARENT = (None, KVFormat("float"))
-W8A8 = (SCHEMES["w8a8"], KVFormat("int8"))
-W8A8_BF16_CACHE = (SCHEMES["w8a8"], KVFormat("float"))
-W4A8_KV4 = (SCHEMES["w4a8"], KVFormat("int4", hadamard=True))
+# What is compared for a shape: the parent, what most would serve instead, and the product.
+FORMATS: dict[str, tuple[Scheme | None, KVFormat]] = {
+    "bf16": (None, KVFormat("float")),
+    "W8A8": (SCHEMES["w8a8"], KVFormat("int8")),
+    "atom w4a8": (SCHEMES["w4a8"], KVFormat("int4", hadamard=True)),
+}
 
 
 def _blocks(config: PreTrainedConfig, scheme: Scheme | None, kv: KVFormat, device: torch.device) -> Iterator[nn.Module]:

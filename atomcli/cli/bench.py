@@ -1,56 +1,65 @@
-"""`atom bench`: speed beside what one would use instead, measured in one run."""
+"""`atom bench`: speed and accuracy beside what one would use instead, measured in one run."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from atomcli.cli import evaluate, options
 from atomcli.cli.command import command
 from atomcli.cli.console import console
 from atomcli.cli.reports import reportable
 
-app = typer.Typer(help="Measure speed, beside its peers.", rich_markup_mode=None)
+app = typer.Typer(help="Measure speed and accuracy, beside their peers.", rich_markup_mode=None)
 
 Form = Annotated[Literal["md", "csv", "json"], typer.Option("--format", help="How the table is written.")]
+
+
+Checkpoint = Annotated[
+    str | None, typer.Argument(metavar="[CHECKPOINT]", help="A checkpoint of atom, or any MODEL.", show_default=False)
+]
+Against = Annotated[str | None, typer.Option("--against", metavar="PARENT", help="The model to compare with.")]
+ModelShape = Annotated[
+    str | None,
+    typer.Option("--shape", metavar="NAME", help="Instead of files: made-up weights of a published shape, llama-2-7b."),
+]
+W8A8 = Annotated[bool, typer.Option("--w8a8", help="Also the same shape in W8A8, with made-up weights.")]
 
 
 @app.command("model")
 @command
 @reportable
 def model(
-    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint of atom, or any MODEL.")],
-    against: Annotated[
-        str | None, typer.Option("--against", metavar="PARENT", help="The model to compare with.")
-    ] = None,
+    checkpoint: Checkpoint = None,
+    against: Against = None,
+    shape: ModelShape = None,
+    w8a8: W8A8 = False,
     batch: Annotated[list[int] | None, typer.Option("--batch", help="Sequences at a time; repeatable [1].")] = None,
     context: Annotated[list[int] | None, typer.Option("--context", help="Prompt tokens; repeatable [512].")] = None,
     new_tokens: Annotated[int, typer.Option("--new-tokens", help="Tokens decoded after the prompt.")] = 32,
-    repeats: Annotated[int, typer.Option("--repeats", help="Measured runs; the table shows their median.")] = 3,
+    repeats: Annotated[int, typer.Option("--repeats", help="Measured prefills; the table shows their median.")] = 3,
     form: Form = "md",
-    device: Annotated[
-        str | None, typer.Option("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one).")
-    ] = None,
+    device: options.Device = None,
 ) -> None:
     """Prefill and decode of a whole model.
 
-    Tokens per second, time to first token, weight and KV bytes; the parent beside it with --against.
+    Tokens per second, time to first token, weight and KV bytes, and how near that is to what the card can do; the
+    parent beside it with --against. With --shape all of them, without any files.
     """
-    from functools import partial
-
     from atomcli.benchmarks.model import bench_model
-    from atomcli.cli.models import check_models
     from atomcli.cli.progress import Progress
+    from atomcli.cli.systems import systems
 
-    names = [checkpoint] if against is None else [against, checkpoint]
-    check_models(names, device)
+    named = systems(checkpoint, against, shape, w8a8, device)
     with Progress() as progress:
         rows = bench_model(
-            {name: partial(_load, name, device) for name in names},
+            named,
             batches=batch or [1],
             contexts=context or [512],
             new_tokens=new_tokens,
             repeats=repeats,
-            progress=progress.counter("bench", "run"),
+            progress=progress.counter("bench", "setting"),
         )
     _show(rows, form)
 
@@ -92,6 +101,84 @@ def gemm(
     _show(rows, form)
 
 
+@app.command("accuracy")
+@command
+def accuracy(
+    model: options.Model,
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option("--recipe", "-r", help="Ours: a recipe by name or file; repeatable [those of the classes]."),
+    ] = None,
+    checkpoint: Annotated[
+        list[Path] | None,
+        typer.Option("--checkpoint", metavar="DIR", help="Ours: a checkpoint that is there; repeatable."),
+    ] = None,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option("--peer", metavar="NAME", help="One of the peers' methods, or none; repeatable [all]."),
+    ] = None,
+    peer_python: Annotated[
+        list[str] | None,
+        typer.Option("--peer-python", metavar="NAME=PATH", help="A peer's environment, or its Python; repeatable."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="DIR", help="Where results are kept (default: MODEL-accuracy)."),
+    ] = None,
+    data: evaluate.Data = "demo",
+    windows: Annotated[int, typer.Option("--windows", min=1, help="How many windows of the text are measured.")] = 20,
+    window_length: evaluate.WindowLength = 2048,
+    group: Annotated[int, typer.Option("--group", help="Channels that share a scale, ours and theirs.")] = 128,
+    kv_cache: options.KVCache = None,
+    dataset: options.Dataset = None,
+    samples: options.Samples = None,
+    sequence_length: options.SequenceLength = None,
+    seed: options.Seed = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option("--task", "-t", help="Zero-shot: a JSON lines file or a task of lm-eval; repeatable."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Only the first so many questions of each task.")
+    ] = None,
+    form: Form = "md",
+    device: options.Device = None,
+) -> None:
+    """The leaderboard: our recipes beside peers on one model.
+
+    Every row is calibrated on the same tokens and measured on the same windows: token perplexity, KL divergence, bits.
+    Results are kept row by row in DIR, and the same command continues. Peers run in environments of their own.
+    """
+    from atomcli.benchmarks import accuracy as bench
+    from atomcli.benchmarks.peers import choose_peers, parse_pythons
+    from atomcli.checkpoint.source import open_source
+    from atomcli.cli.models import check_models
+    from atomcli.cli.progress import Progress
+    from atomcli.runtime.device import choose_device
+    from atomcli.text import evaluation_windows
+
+    text = {"dataset": dataset, "samples": samples, "sequence_length": sequence_length, "seed": seed}
+    names = bench.RECIPES if recipe is None else recipe
+    recipes = {name: bench.adapt(name, group, kv_cache, text) for name in names}
+    chosen, pythons = choose_peers(peer), parse_pythons(peer_python or [])
+    check_models([str(path) for path in checkpoint or []], device)
+    source = open_source(model)
+    console.after_interruption = "rows that are done are kept: the same command continues"
+    with Progress() as progress:
+        trial = bench.Trial(
+            source=source,
+            calibration=next(iter(recipes.values())) if recipes else bench.adapt("w4a16", group, kv_cache, text),
+            windows=evaluation_windows(data, source.tokenizer(), window_length, windows),
+            out=output or options.default_output(model, "accuracy"),
+            tasks=tuple(task or ()),
+            limit=limit,
+            group=group,
+            device=str(choose_device(device)),
+        )
+        rows = bench.leaderboard(trial, recipes, checkpoint or [], chosen, pythons, progress)
+    _show(rows, form)
+
+
 def _shape(text: str) -> tuple[int, int]:
     """OUTxIN as two numbers."""
     from atomcli.errors import UsageError
@@ -108,9 +195,3 @@ def _show(rows: Sequence[Any], form: Literal["md", "csv", "json"]) -> None:
     from atomcli.benchmarks.report import environment, render, to_json
 
     console.result(json.loads(to_json(rows, environment())), render(rows, form).rstrip())
-
-
-def _load(name: str, device: str | None) -> Any:
-    from atomcli.cli.models import open_model
-
-    return open_model(name, device).model

@@ -88,6 +88,11 @@ class FusedModel:
         """Bytes of weights that a step of few tokens reads: all but the embedding's other rows."""
         return self.head.nbytes + sum(block.nbytes for block in self.blocks)
 
+    @property
+    def parameters(self) -> int:
+        """Weights that every token is multiplied by: head and linears, but no experts."""
+        return self.head.parameters + sum(block.parameters for block in self.blocks)
+
     def new_pools(self, pages: int) -> list[Tensor]:
         """Pages for keys and values, a pool for each block: uint8 (pages, kv_heads, bytes)."""
         return [self.format.allocate(pages, self.kv_heads, self.device) for _ in self.blocks]
@@ -157,6 +162,11 @@ class FusedBlock:
         """Bytes of stored weights, all experts included."""
         experts = [] if self.mlp is None else [*self.mlp.parameters(), *self.mlp.buffers()]
         return sum(projection.nbytes for projection in self.projections) + sum(tensor.nbytes for tensor in experts)
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the linears, but for experts."""
+        return sum(projection.parameters for projection in self.projections)
 
     def __call__(self, x: Tensor, residual: Tensor | None, step: Step, pool: Tensor) -> tuple[Tensor, Tensor]:
         """x and residual (T, hidden), whose sum is the block's input -> the same for the next block."""

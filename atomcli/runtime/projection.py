@@ -49,6 +49,7 @@ class Projection:
 
     def __init__(self, linears: Sequence[Linear], dtype: torch.dtype, biased: Sequence[bool] | None = None) -> None:
         self.sizes = [linear.out_features for linear in linears]
+        self.parameters = sum(self.sizes) * linears[0].in_features
         self._operands: list[_Operand] = []
         self._order: list[int] = []  # the linears, as their outputs come out
         for operand, members in _operands(linears, biased or [True] * len(linears), dtype):

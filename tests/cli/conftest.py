@@ -56,12 +56,16 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model directory as one finds them: a random Llama of two layers, with a tokenizer of single bytes."""
+    """A model directory as one finds them."""
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def write_tiny_model(directory: Path, **changes: object) -> Path:
+    """A random Llama of two layers, with a tokenizer of single bytes."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    directory = tmp_path_factory.mktemp("models") / "tiny"
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: index for index, letter in enumerate(["<s>", "</s>", *letters])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -75,6 +79,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
+        **changes,
         max_position_embeddings=512,
         bos_token_id=0,
         eos_token_id=1,

@@ -10,6 +10,7 @@ import pytest
 
 from atomcli.cli.options import default_output
 from atomcli.pipeline import compress
+from tests.cli.conftest import write_tiny_model
 
 
 def test_quantize_ends_with_the_commands_one_wants_next(atom, tiny_model, quantize_options, tmp_path, snapshot):
@@ -200,13 +201,16 @@ def test_the_default_output_for_here_has_the_name_of_the_directory(tmp_path, mon
     assert default_output(".", "w8a8") == Path("Llama-3.1-8B-w8a8")
 
 
-def test_bench_model(atom, tiny_model, tiny_checkpoint):
-    arguments = ["--against", tiny_model, "--context", 16, "--new-tokens", 2, "--repeats", 1]
-    table = atom("bench", "model", tiny_checkpoint, *arguments)
+def test_bench_model(atom, quantize_options, tmp_path):
+    model = write_tiny_model(tmp_path / "wide", head_dim=32)  # no page is made for smaller heads
+    checkpoint = tmp_path / "wide-w4a4"
+    assert atom("quantize", model, "-o", checkpoint, *quantize_options).code == 0
+    arguments = ["--against", model, "--context", 16, "--new-tokens", 2, "--repeats", 1]
+    table = atom("bench", "model", checkpoint, *arguments)
     assert table.code == 0, table.err
-    assert "reference path" in table.out
-    document = json.loads(atom("bench", "model", tiny_checkpoint, *arguments, "--json").out)
-    assert [row["labels"]["model"] for row in document["rows"]] == [str(tiny_model), str(tiny_checkpoint)]
+    assert "reference" in table.out
+    document = json.loads(atom("bench", "model", checkpoint, *arguments, "--w8a8", "--json").out)
+    assert [row["labels"]["model"] for row in document["rows"]] == [str(model), "W8A8", str(checkpoint)]
 
 
 @pytest.mark.parametrize("command", [["inspect", "--verify"], ["eval", "ppl"]], ids=" ".join)

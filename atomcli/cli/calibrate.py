@@ -9,6 +9,7 @@ import typer
 from atomcli.cli import log, options
 from atomcli.cli.command import command
 from atomcli.cli.console import console
+from atomcli.cli.together import meeting
 
 
 @command
@@ -40,10 +41,9 @@ def calibrate(
 
     if not (out / SETTINGS).is_file():  # a finished artifact is compared with what is asked for
         refuse_occupied(out)
-    source = open_source(model)
     console.after_interruption = "the same command resumes"
-    with Progress() as progress:
-        run(source, resolved, out, device=device, progress=progress)
+    with meeting(device) as ranks, Progress() as progress:
+        run(open_source(model), resolved, out, device=ranks.device or device, progress=progress, ranks=ranks)
     console.result({"model": model, "calibration": out}, f"calibration of {model} in {out}")
     same = options.flags(recipe=recipe, **text, calibration=out)
     console.note(f"next: {shlex.join(['atom', 'quantize', model, *same])}")

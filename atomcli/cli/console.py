@@ -52,6 +52,7 @@ class Console:
     after_interruption: str | None = None  # what to tell someone who presses Ctrl-C now
     screen: Any = None  # while a bar moves on stderr, the rich console that it moves on
     command_line: str = "atom"
+    muted: bool = int(os.environ.get("WORLD_SIZE", "1")) > 1 and int(os.environ.get("RANK", "0")) > 0  # by torchrun
     _document: dict[str, Any] | None = None
 
     def result(self, document: Mapping[str, Any], *human: "str | Table") -> None:
@@ -104,9 +105,11 @@ class Console:
     @property
     def live(self) -> bool:
         """Whether a moving progress display can be shown on stderr."""
-        return not self.quiet and is_terminal(sys.stderr) and os.environ.get("TERM") != "dumb"
+        return not self.quiet and not self.muted and is_terminal(sys.stderr) and os.environ.get("TERM") != "dumb"
 
     def _write(self, stream: TextIO, line: str) -> None:
+        if self.muted:
+            return
         if self.screen is not None and stream is sys.stderr:
             from rich.text import Text
 

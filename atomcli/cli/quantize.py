@@ -11,6 +11,7 @@ from atomcli.cli import log, options
 from atomcli.cli.command import command
 from atomcli.cli.console import console
 from atomcli.cli.reports import reportable
+from atomcli.cli.together import meeting
 from atomcli.errors import UsageError
 from atomcli.units import byte_count, duration
 
@@ -97,18 +98,18 @@ def quantize(
     from atomcli.pipeline.compress import compress
 
     started = time.monotonic()
-    source = open_source(model)
     console.after_interruption = "finished blocks are kept: the same command continues after them"
-    with Progress() as progress:
+    with meeting(device) as ranks, Progress() as progress:
         report = compress(
-            source,
+            open_source(model),
             resolved,
             out,
             calibration=calibration,
-            device=device,
+            device=ranks.device or device,
             progress=progress,
             overwrite=force,
             plan_file=plan,
+            ranks=ranks,
         )
     took = time.monotonic() - started
     _say_result(model, out, report, took)

@@ -75,8 +75,10 @@ class FusedModel:
 
     @property
     def capturable(self) -> bool:
-        """Whether a step runs without asking the host anything, so that a CUDA graph can hold it."""
-        return self.device.type == "cuda" and not any(block.is_sparse for block in self.blocks)
+        """Whether a step runs on kernels alone and asks the host nothing, so that a CUDA graph can hold it."""
+        return self.device.type == "cuda" and all(
+            not block.is_sparse and block.attention_reason(self.device, self.dtype) is None for block in self.blocks
+        )
 
     @property
     def kernels(self) -> list[str]:
@@ -162,6 +164,10 @@ class FusedBlock:
         """Bytes of stored weights, all experts included."""
         experts = [] if self.mlp is None else [*self.mlp.parameters(), *self.mlp.buffers()]
         return sum(projection.nbytes for projection in self.projections) + sum(tensor.nbytes for tensor in experts)
+
+    def attention_reason(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why the reference attends on `device`, or None where a kernel does."""
+        return attention.why_not(self.format, device, dtype, self.key_bias is not None, self.keys_rotated)
 
     @property
     def parameters(self) -> int:

@@ -109,6 +109,15 @@ def verify_checkpoint(path: Path | str) -> Manifest:
     isn't what was written: missing, truncated, swapped, altered, or not what its scheme says.
     """
     path = Path(path)
+    manifest = verify_files(path)
+    tensors = {name: record for shard in manifest.shards.values() for name, record in shard.tensors.items()}
+    found = {name: (record.dtype, record.shape) for name, record in tensors.items()}
+    _verify_linears(path, _quantization(path, load_config_json(path)), found)
+    return manifest
+
+
+def verify_files(path: Path) -> Manifest:
+    """Re-read a directory and check every file, shard and tensor against the manifest, whatever they mean."""
     manifest = read_manifest(path)
     for name, file in sorted(manifest.files.items()):
         if not (path / name).is_file():
@@ -117,9 +126,6 @@ def verify_checkpoint(path: Path | str) -> Manifest:
             raise InputError(f"{path / name} is not the file that was written: its SHA-256 differs", _AGAIN)
     for shard in manifest.shards.values():
         _verify_shard(path, shard, manifest)
-    tensors = {name: record for shard in manifest.shards.values() for name, record in shard.tensors.items()}
-    found = {name: (record.dtype, record.shape) for name, record in tensors.items()}
-    _verify_linears(path, _quantization(path, load_config_json(path)), found)
     return manifest
 
 

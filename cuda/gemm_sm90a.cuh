@@ -6,6 +6,9 @@
 // warpgroups share a stage: ROW_GROUPS of them by rows, times K_GROUPS by blocks. Integers are summed exactly and in
 // any order, so however a tile's channels are split, the result is the same to the last bit.
 //
+// With EXPERTS the weights are those of so many experts under each other, and the tokens are sorted by the expert that
+// each of them takes. How many there are of each is known on the device alone: tiles are counted there.
+//
 // The including file defines what a block of weights is: WEIGHT_BYTES and unpack(fragment, block, thread).
 #pragma once
 #include "load.cuh"
@@ -15,8 +18,8 @@
 #include "store.cuh"
 #include "unpack.cuh"
 
-// TOKENS, ROW_GROUPS, K_GROUPS, STAGES, STAGE_BLOCKS, CLUSTER, BLOCKS_PER_SM, FRAGMENTS and OUTPUT come from the
-// compiler's command line. With two FRAGMENTS a warpgroup unpacks its next block while the MMAs of the last one run.
+// TOKENS, ROW_GROUPS, K_GROUPS, STAGES, STAGE_BLOCKS, CLUSTER, BLOCKS_PER_SM, FRAGMENTS, EXPERTS and OUTPUT come from
+// the compiler's command line. With two FRAGMENTS a warpgroup unpacks its next block while the MMAs of the last one run.
 __device__ constexpr int min_of(int a, int b) { return a < b ? a : b; }
 constexpr int WARPGROUP = 128;
 constexpr int CONSUMER_GROUPS = ROW_GROUPS * K_GROUPS;
@@ -34,8 +37,8 @@ constexpr int OPERAND_BYTES = TOKENS * BLOCK_K;  // activations of one block
 constexpr int STAGE_BYTES = (STAGE_BLOCKS * (OPERAND_BYTES + ROW_GROUPS * WEIGHT_BYTES) + 1023) / 1024 * 1024;
 static_assert(ROW_GROUPS * INT8_BLOCK_BYTES <= STAGE_BYTES, "a stage must hold the outlier weights of the tile");
 constexpr int EXCHANGE_BYTES = (K_GROUPS - 1) * ROW_GROUPS * BLOCK_ROWS * TOKENS * 4;
-// Tokens that are finished together: of the outlier MMA, whose accumulator must fit beside the body's, and of the store.
-constexpr int STORE_TOKENS = min_of(TOKENS, ROOMY && TOKENS < 256 ? 32 : 16);
+// Tokens that are finished together: of the outlier MMA, whose two accumulators must fit beside the body's, and of the store.
+constexpr int STORE_TOKENS = min_of(TOKENS, ROOMY && CLUSTER == 1 ? 32 : 16);
 constexpr int STORE_PITCH = 48;  // 16 channels are 32 bytes; 48 keep stmatrix and the reads back free of bank conflicts
 constexpr int STORE_BYTES = ROW_GROUPS * 4 * STORE_TOKENS * STORE_PITCH;
 constexpr int SHARED_BYTES = 1024 + STAGES * STAGE_BYTES + EXCHANGE_BYTES + STORE_BYTES;  // 1024: to align the ring
@@ -53,7 +56,8 @@ struct Problem {
     uint16* output;                 // [tokens][rows]
     int4* partials;                 // one tile for each block of the grid
     int* flags;                     // one for each warp that owns rows, zero between launches
-    int rows, tokens, padded_tokens, blocks, row_tiles, token_tiles, split_tiles;
+    const int* expert_starts;       // [EXPERTS + 1], where each expert's tokens begin
+    int rows, tokens, padded_tokens, blocks, row_tiles, token_tiles, split_tiles;  // with experts: split all or none
 
     // Of a tile: its blocks, the outliers' weights, and what finishing takes: the outliers' activations and all scales.
     INLINE int units() const { return blocks + (outlier_weights ? 2 : 1); }
@@ -100,23 +104,76 @@ struct Ring {
     }
 };
 
-// Where a tile begins.
+// The tiles of the experts, those of one expert behind each other: found by all threads of the block together.
+struct ExpertTiles {
+    int* start;       // [EXPERTS + 1] tokens
+    int* first_tile;  // [EXPERTS + 1]
+
+    static INLINE int windows(int first, int last) { return first == last ? 0 : (last - first / 8 * 8 + TOKENS - 1) / TOKENS; }
+
+    INLINE void count(const Problem& problem) const {
+        wait_for_previous_kernel();
+        for (int i = threadIdx.x; i <= EXPERTS; i += THREADS) start[i] = problem.expert_starts[i];
+        __syncthreads();
+        if (threadIdx.x < 32) {
+            const int lane = threadIdx.x;
+            int before = 0;
+            for (int base = 0; base <= EXPERTS; base += 32) {
+                const int expert = base + lane;
+                const int own = expert < EXPERTS ? windows(start[expert], start[expert + 1]) * problem.row_tiles : 0;
+                int sum = own;
+                for (int distance = 1; distance < 32; distance *= 2) {
+                    const int other = __shfl_up_sync(~0u, sum, distance);
+                    if (lane >= distance) sum += other;
+                }
+                if (expert <= EXPERTS) first_tile[expert] = before + sum - own;
+                before += __shfl_sync(~0u, sum, 31);
+            }
+        }
+        __syncthreads();
+    }
+
+    // The last expert whose tiles begin at or before this one: it has some.
+    INLINE int find(int tile) const {
+        int low = 0, high = EXPERTS;
+        while (high - low > 1) {
+            const int middle = (low + high) / 2;
+            if (first_tile[middle] <= tile) low = middle;
+            else high = middle;
+        }
+        return low;
+    }
+};
+
+// Where a tile begins, in the output and in the weights, and which tokens are its own. The copies of activations keep
+// to whole swizzle atoms of 8 tokens: an expert's first tile may begin with the last tokens of the expert before it.
 struct Corner {
-    int row_group, token;
+    int row_group, token, weight_group, first_token, last_token;
 };
 
 // Where this block stands: its cluster takes CLUSTER neighbouring row tiles of the same tokens.
 struct Place {
+    const Problem& problem;
+    const ExpertTiles& experts;
     int rank, cluster, clusters;
 
-    INLINE Place() : rank(CLUSTER > 1 ? cluster_rank() : 0), cluster(blockIdx.x / CLUSTER), clusters(gridDim.x / CLUSTER) {}
+    INLINE Place(const Problem& problem, const ExpertTiles& experts)
+        : problem(problem), experts(experts), rank(CLUSTER > 1 ? cluster_rank() : 0), cluster(blockIdx.x / CLUSTER),
+          clusters(gridDim.x / CLUSTER) {}
 
-    INLINE Schedule schedule(const Problem& problem) const {
-        return Schedule((problem.row_tiles / CLUSTER) * problem.token_tiles, problem.split_tiles, problem.units(), cluster, clusters);
-    }
-    INLINE Corner corner(const Problem& problem, int tile) const {
-        const int column = tile / problem.token_tiles;
-        return {(column * CLUSTER + rank) * ROW_GROUPS, (tile - column * problem.token_tiles) * TOKENS};
+    INLINE int tiles() const { return EXPERTS ? experts.first_tile[EXPERTS] : (problem.row_tiles / CLUSTER) * problem.token_tiles; }
+    INLINE int split_tiles() const { return EXPERTS && problem.split_tiles ? tiles() : problem.split_tiles; }
+    INLINE Schedule schedule() const { return Schedule(tiles(), split_tiles(), problem.units(), cluster, clusters); }
+
+    INLINE Corner corner(int tile) const {
+        if (EXPERTS) {
+            const int expert = experts.find(tile), first = experts.start[expert], last = experts.start[expert + 1];
+            const int windows = ExpertTiles::windows(first, last), local = tile - experts.first_tile[expert];
+            const int column = local / windows, token = first / 8 * 8 + (local - column * windows) * TOKENS;
+            return {column * ROW_GROUPS, token, (expert * problem.row_tiles + column) * ROW_GROUPS, first, last};
+        }
+        const int column = tile / problem.token_tiles, group = (column * CLUSTER + rank) * ROW_GROUPS;
+        return {group, (tile - column * problem.token_tiles) * TOKENS, group, 0, problem.tokens};
     }
 };
 
@@ -135,7 +192,7 @@ struct Walk {
     int unit = 0, last = 0;  // of the segment: where it stands and ends
     int count = 0;           // blocks of this stage
 
-    INLINE Walk(const Problem& problem, const Place& place) : problem(problem), place(place), schedule(place.schedule(problem)) {}
+    INLINE Walk(const Problem& problem, const Place& place) : problem(problem), place(place), schedule(place.schedule()) {}
 
     INLINE bool at_body() const { return unit < problem.blocks; }
     INLINE bool at_finish() const { return unit == schedule.units - 1; }
@@ -148,7 +205,7 @@ struct Walk {
         while (unit == last) {
             Segment segment;
             if (!schedule.next(segment)) return false;
-            corner = place.corner(problem, segment.tile);
+            corner = place.corner(segment.tile);
             // Who finishes a tile does the whole outlier block; another's segment ends with its last body block.
             unit = min(segment.first, problem.blocks);
             last = segment.last == schedule.units ? segment.last : min(segment.last, problem.blocks);
@@ -162,7 +219,7 @@ struct Walk {
 // Weights and their scales: they do not depend on the previous kernel, so their first ring is on its way before it ends.
 INLINE void produce_weights(const Problem& problem, const Place& place, const Ring& ring) {
     // Weights that only one token tile reads are read once.
-    const uint64 policy = problem.token_tiles > 1 ? policy_evict_last() : policy_evict_first();
+    const uint64 policy = EXPERTS || problem.token_tiles > 1 ? policy_evict_last() : policy_evict_first();
     const long long row_group_bytes = static_cast<long long>(problem.blocks) * WEIGHT_BYTES;
     const bool outliers = problem.outlier_weights;
     const uint8* source = nullptr;
@@ -170,7 +227,7 @@ INLINE void produce_weights(const Problem& problem, const Place& place, const Ri
     RingPosition at;
 #pragma unroll 1
     for (Walk walk(problem, place); walk.next(entered); walk.advance(), at.advance()) {
-        if (entered) source = problem.weights + walk.corner.row_group * row_group_bytes + walk.unit * WEIGHT_BYTES;
+        if (entered) source = problem.weights + walk.corner.weight_group * row_group_bytes + walk.unit * WEIGHT_BYTES;
         ring.wait_empty(at);
         uint64& full = ring.full[at.stage];
         if (walk.at_body()) {
@@ -181,11 +238,11 @@ INLINE void produce_weights(const Problem& problem, const Place& place, const Ri
                 bulk_copy(ring.weights(at.stage, group, 0), source + group * row_group_bytes, bytes, full, policy);
             source += bytes;
         } else if (!walk.at_finish()) {
-            const long long first = static_cast<long long>(walk.corner.row_group) * INT8_BLOCK_BYTES;
+            const long long first = static_cast<long long>(walk.corner.weight_group) * INT8_BLOCK_BYTES;
             barrier_arrive_expecting(full, ROW_GROUPS * INT8_BLOCK_BYTES);
             bulk_copy(ring.activations(at.stage), problem.outlier_weights + first, ROW_GROUPS * INT8_BLOCK_BYTES, full, policy);
         } else {
-            const int bytes = ROW_GROUPS * BLOCK_ROWS * 4, first = walk.corner.row_group * BLOCK_ROWS;
+            const int bytes = ROW_GROUPS * BLOCK_ROWS * 4, first = walk.corner.weight_group * BLOCK_ROWS;
             barrier_arrive_expecting(full, outliers ? 2 * bytes : bytes);
             bulk_copy(ring.scales(at.stage, ROW), problem.row_scale + first, bytes, full, policy);
             if (outliers) bulk_copy(ring.scales(at.stage, OUTLIER_ROW), problem.outlier_row_scale + first, bytes, full, policy);
@@ -207,7 +264,8 @@ INLINE void produce_activations(const Problem& problem, const Place& place, cons
     for (Walk walk(problem, place); walk.next(entered); walk.advance(), at.advance()) {
         if (entered) {
             source = problem.activations + walk.unit * block_bytes + walk.corner.token * BLOCK_K;
-            tokens = min(TOKENS, problem.padded_tokens - walk.corner.token);
+            const int end = EXPERTS ? (walk.corner.last_token + 7) / 8 * 8 : problem.padded_tokens;
+            tokens = min(TOKENS, end - walk.corner.token);
         }
         ring.wait_empty(at);
         uint64& full = ring.full[at.stage];
@@ -230,7 +288,7 @@ INLINE void produce_activations(const Problem& problem, const Place& place, cons
             const int offset = place.rank * SHARE * BLOCK_K, bytes = min(SHARE, tokens - place.rank * SHARE) * BLOCK_K;
             for (int block = 0; block < walk.count && bytes > 0; ++block, source += block_bytes)
                 bulk_copy_multicast(ring.activations(at.stage, block) + offset, source + offset, bytes, full, (1 << CLUSTER) - 1, policy);
-        } else if (problem.padded_tokens == TOKENS) {  // then blocks follow each other without a gap
+        } else if (problem.padded_tokens == TOKENS && tokens == TOKENS) {  // then blocks follow each other without a gap
             bulk_copy(ring.activations(at.stage), source, operand, full, policy);
             source += operand;
         } else {
@@ -309,17 +367,12 @@ struct Consumer {
     INLINE void reduce_k_groups(Sums& sums) {
         constexpr int WARP_SUMS = TOKENS / 8 * 32;  // int4 of one warp
         constexpr int MEMBERS = K_GROUPS * WARPGROUP;
-        const int written = 1 + row_group, read = 1 + ROW_GROUPS + row_group;
-        if (k_group > 0) {
-            named_barrier_sync(read, MEMBERS);
-            store_partial(exchange + (((k_group - 1) * ROW_GROUPS + row_group) * 4 + warp) * WARP_SUMS, sums, lane);
-            named_barrier_arrive(written, MEMBERS);
-        } else {
-            named_barrier_arrive(read, MEMBERS);
-            named_barrier_sync(written, MEMBERS);
-            for (int other = 0; other < K_GROUPS - 1; ++other)
-                add_partial(sums, exchange + ((other * ROW_GROUPS + row_group) * 4 + warp) * WARP_SUMS, lane);
-        }
+        const auto of = [&](int other) { return exchange + (((other - 1) * ROW_GROUPS + row_group) * 4 + warp) * WARP_SUMS; };
+        named_barrier_sync(1 + row_group, MEMBERS);  // the last segment's sums have been read
+        if (k_group > 0) store_partial(of(k_group), sums, lane);
+        named_barrier_sync(1 + row_group, MEMBERS);  // this one's have been written
+        if (k_group > 0) return;
+        for (int other = 1; other < K_GROUPS; ++other) add_partial(sums, of(other), lane);
     }
 
     INLINE int4* partial(int block) const { return problem.partials + ((block * ROW_GROUPS + row_group) * 4 + warp) * (TOKENS / 8 * 32); }
@@ -334,7 +387,7 @@ struct Consumer {
 
     // Adds what the clusters before this one have summed of the tile whose first unit is `tile_begin`.
     INLINE void take(Sums& sums, int tile_begin) const {
-        const int total = problem.split_tiles * problem.units();
+        const int total = place.split_tiles() * problem.units();
         int begin = Schedule::run_begin(total, place.cluster, place.clusters);
         for (int cluster = place.cluster - 1; begin > tile_begin; --cluster) {
             const int end = begin;
@@ -351,7 +404,7 @@ struct Consumer {
     // Scales the sums of a finished tile, adds the outlier channels and the bias, and stores, STORE_TOKENS at a time.
     // The outlier MMAs of the next tokens run while those of these are scaled.
     template <bool OUTLIERS> INLINE void finish(const Sums& sums, const Segment& segment) {
-        const Corner corner = place.corner(problem, segment.tile);
+        const Corner corner = place.corner(segment.tile);
         const int first_row = (corner.row_group + row_group) * BLOCK_ROWS + warp * 16;
         WeightFragment outlier_fragment;
         if (OUTLIERS) {
@@ -394,19 +447,20 @@ struct Consumer {
                     if (OUTLIERS) outlier_scale = *reinterpret_cast<const float2*>(ring.scales(at.stage, OUTLIER_TOKEN) + token);
 #pragma unroll
                     for (int half = 0; half < 2; ++half) {
-                        float low = promote(sums[sum + 2 * half], row_scale[half], scale.x);
-                        float high = promote(sums[sum + 2 * half + 1], row_scale[half], scale.y);
+                        float low = bias[half], high = bias[half];
                         if (OUTLIERS) {
-                            low += promote(outliers[outlier_sum + 2 * half], outlier_row_scale[half], outlier_scale.x);
-                            high += promote(outliers[outlier_sum + 2 * half + 1], outlier_row_scale[half], outlier_scale.y);
+                            low = promote(outliers[outlier_sum + 2 * half], outlier_row_scale[half], outlier_scale.x, low);
+                            high = promote(outliers[outlier_sum + 2 * half + 1], outlier_row_scale[half], outlier_scale.y, high);
                         }
-                        matrix[2 * i + half] = OUTPUT::pack(low + bias[half], high + bias[half]);
+                        low = promote(sums[sum + 2 * half], row_scale[half], scale.x, low);
+                        high = promote(sums[sum + 2 * half + 1], row_scale[half], scale.y, high);
+                        matrix[2 * i + half] = OUTPUT::pack(low, high);
                     }
                 }
                 store_matrices(staging + ((column + lane / 16 % TOGETHER) * 8 + lane % 8) * STORE_PITCH + lane / 8 % 2 * 16, matrix);
             }
             __syncwarp();
-            store_rows(first_row, corner.token + chunk);
+            store_rows(first_row, corner.token + chunk, corner);
             __syncwarp();
         }
         pass_stage();
@@ -414,11 +468,10 @@ struct Consumer {
 
     INLINE void multiply_outliers(int (&sums)[STORE_TOKENS / 2], const WeightFragment& fragment, int first_token) const {
         const uint64 operand = operand_descriptor(ring.activations(at.stage)) + first_token * DESCRIPTOR_ROW;
-#pragma unroll
-        for (int i = 0; i < STORE_TOKENS / 2; ++i) sums[i] = 0;
         mma_fence();
+        mma<false>(sums, fragment.step[0], operand);
 #pragma unroll
-        for (int step = 0; step < 4; ++step) mma(sums, fragment.step[step], operand + step * DESCRIPTOR_K32);
+        for (int step = 1; step < 4; ++step) mma(sums, fragment.step[step], operand + step * DESCRIPTOR_K32);
         mma_commit();
     }
 
@@ -428,24 +481,27 @@ struct Consumer {
     }
 
     // This warp's 16 channels of STORE_TOKENS tokens: two lanes to a token, 16 bytes each.
-    INLINE void store_rows(int first_row, int first_token) const {
+    INLINE void store_rows(int first_row, int first_token, const Corner& corner) const {
+        const int row = first_row + lane % 2 * 8;
+        const int channels = min(8, problem.rows - row);
+        const uint8* source = staging + lane / 2 * STORE_PITCH + lane % 2 * 16;
+        uint16* destination = problem.output + static_cast<long long>(first_token + lane / 2) * problem.rows + row;
+        const int rest = channels > 0 ? corner.last_token - first_token - lane / 2 : 0;
+        const int others = EXPERTS ? corner.first_token - first_token - lane / 2 : 0;
 #pragma unroll
-        for (int i = 0; i < (STORE_TOKENS * 2 + 31) / 32; ++i) {
-            const int index = i * 32 + lane, token = first_token + index / 2, row = first_row + index % 2 * 8;
-            if (index >= STORE_TOKENS * 2 || token >= problem.tokens || row >= problem.rows) continue;
-            const uint8* source = staging + index / 2 * STORE_PITCH + index % 2 * 16;
-            uint16* destination = problem.output + static_cast<long long>(token) * problem.rows + row;
+        for (int i = 0; i < STORE_TOKENS; i += 16, source += 16 * STORE_PITCH, destination += 16 * problem.rows) {
+            if (i < others || i >= rest || STORE_TOKENS < 16 && lane / 2 >= STORE_TOKENS) continue;
             if (problem.rows % 8 == 0) {
                 *reinterpret_cast<uint4*>(destination) = *reinterpret_cast<const uint4*>(source);
             } else {
 #pragma unroll 1
-                for (int j = 0; j < min(8, problem.rows - row); ++j) destination[j] = reinterpret_cast<const uint16*>(source)[j];
+                for (int j = 0; j < channels; ++j) destination[j] = reinterpret_cast<const uint16*>(source)[j];
             }
         }
     }
 
     INLINE void run() {
-        Schedule schedule = place.schedule(problem);
+        Schedule schedule = place.schedule();
         Segment segment;
 #pragma unroll 1
         while (schedule.next(segment)) {
@@ -479,15 +535,17 @@ struct Consumer {
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, BLOCKS_PER_SM)
 gemm(const uint8* weights, const uint8* outlier_weights, const uint8* activations, const float* row_scale,
      const float* outlier_row_scale, const float* token_scale, const float* outlier_token_scale, const float* bias,
-     uint16* output, int4* partials, int* flags, int rows, int tokens, int padded_tokens, int blocks, int row_tiles,
+     uint16* output, int4* partials, int* flags, const int* expert_starts, int rows, int tokens, int padded_tokens, int blocks, int row_tiles,
      int token_tiles, int split_tiles) {
     extern __shared__ uint8 memory[];
     __shared__ uint64 full[STAGES], empty[STAGES];
+    __shared__ int expert_table[2][EXPERTS + 1];
     // An offset, not a rounded pointer: a pointer that went through an integer is no longer known to be shared.
     uint8* shared = memory + (1024 - shared_address(memory) % 1024) % 1024;
     const Problem problem{weights, outlier_weights, activations, row_scale, outlier_row_scale, token_scale, outlier_token_scale,
-                          bias, output, partials, flags, rows, tokens, padded_tokens, blocks, row_tiles, token_tiles, split_tiles};
-    const Place place;
+                          bias, output, partials, flags, expert_starts, rows, tokens, padded_tokens, blocks, row_tiles, token_tiles, split_tiles};
+    const ExpertTiles experts{expert_table[0], expert_table[1]};
+    const Place place(problem, experts);
     const Ring ring{shared, full, empty};
     const int group = __shfl_sync(~0u, threadIdx.x / WARPGROUP, 0);  // the same in a warp, and known to be
 
@@ -501,6 +559,7 @@ gemm(const uint8* weights, const uint8* outlier_weights, const uint8* activation
     }
     if (CLUSTER > 1) cluster_sync();
     else __syncthreads();
+    if (EXPERTS) experts.count(problem);
 
     if (group == CONSUMER_GROUPS) {
         if (LARGE) give_registers<PRODUCER_REGISTERS>();

@@ -34,18 +34,18 @@ template <int IN_FLIGHT = 0, int COUNT> INLINE void mma_wait_for(int (&accumulat
 #define D4(i) "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3])
 #define D16(i) D4(i), D4(i + 4), D4(i + 8), D4(i + 12)
 #define D64(i) D16(i), D16(i + 16), D16(i + 32), D16(i + 48)
-#define WGMMA_S8(N, LIST, INPUTS, ...)                                                                                    \
-    INLINE void mma(int(&d)[N / 2], const uint32(&a)[4], uint64 b) {                                                      \
-        asm volatile("{ .reg .pred add; setp.eq.b32 add, 0, 0; "                                                          \
+#define WGMMA_S8(N, LIST, INPUTS, ADD, ...)                                                                               \
+    template <bool add = true> INLINE void mma(int(&d)[N / 2], const uint32(&a)[4], uint64 b) {                           \
+        asm volatile("{ .reg .pred add; setp.ne.b32 add, " ADD ", 0; "                                                    \
                      "wgmma.mma_async.sync.aligned.m64n" #N "k32.s32.s8.s8 {" LIST "}, " INPUTS ", add; }"                 \
-                     : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                 \
+                     : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(add));                       \
     }
-WGMMA_S8(8, "%0, %1, %2, %3", "{%4, %5, %6, %7}, %8", D4(0))
-WGMMA_S8(16, "%0, %1, %2, %3, %4, %5, %6, %7", "{%8, %9, %10, %11}, %12", D4(0), D4(4))
-WGMMA_S8(32, P0, "{%16, %17, %18, %19}, %20", D16(0))
-WGMMA_S8(64, P0 ", " P16, "{%32, %33, %34, %35}, %36", D16(0), D16(16))
-WGMMA_S8(128, P0 ", " P16 ", " P32 ", " P48, "{%64, %65, %66, %67}, %68", D64(0))
-WGMMA_S8(256, P0 ", " P16 ", " P32 ", " P48 ", " P64 ", " P80 ", " P96 ", " P112, "{%128, %129, %130, %131}, %132", D64(0), D64(64))
+WGMMA_S8(8, "%0, %1, %2, %3", "{%4, %5, %6, %7}, %8", "%9", D4(0))
+WGMMA_S8(16, "%0, %1, %2, %3, %4, %5, %6, %7", "{%8, %9, %10, %11}, %12", "%13", D4(0), D4(4))
+WGMMA_S8(32, P0, "{%16, %17, %18, %19}, %20", "%21", D16(0))
+WGMMA_S8(64, P0 ", " P16, "{%32, %33, %34, %35}, %36", "%37", D16(0), D16(16))
+WGMMA_S8(128, P0 ", " P16 ", " P32 ", " P48, "{%64, %65, %66, %67}, %68", "%69", D64(0))
+WGMMA_S8(256, P0 ", " P16 ", " P32 ", " P48 ", " P64 ", " P80 ", " P96 ", " P112, "{%128, %129, %130, %131}, %132", "%133", D64(0), D64(64))
 #undef WGMMA_S8
 #undef D64
 #undef D16

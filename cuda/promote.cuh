@@ -2,4 +2,6 @@
 #pragma once
 #include "load.cuh"
 
-INLINE float promote(int sum, float row_scale, float token_scale) { return static_cast<float>(sum) * row_scale * token_scale; }
+INLINE float promote(int sum, float row_scale, float token_scale, float other) {
+    return __fmaf_rn(static_cast<float>(sum) * row_scale, token_scale, other);
+}

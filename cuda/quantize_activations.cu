@@ -52,9 +52,8 @@ constexpr float int8_high = 127.0f;
 
 // What one CTA shares. The row follows it; row[channels] is a zero that padding channels gather.
 struct Shared {
-  float partial_sums[32];
-  unsigned absmax[2];  // of the body and of the outliers, as ordered integers
-  unsigned unused[2];
+  float partial_sums[32];   // one of each warp, of the squares of the row
+  unsigned absmax[2][32];   // one of each warp, of the body and of the outliers, as ordered integers
 };
 
 struct Shape {
@@ -79,8 +78,8 @@ __device__ __forceinline__ float sum_over_block(float value, Shared& shared) {
   for (int distance = 16; distance; distance /= 2) value += __shfl_xor_sync(all_lanes, value, distance);
   if (threadIdx.x % 32 == 0) shared.partial_sums[threadIdx.x / 32] = value;
   __syncthreads();
-  float sum = 0.0f;
-  for (int warp = 0; warp < blockDim.x / 32; warp++) sum += shared.partial_sums[warp];
+  float sum = threadIdx.x % 32 < blockDim.x / 32 ? shared.partial_sums[threadIdx.x % 32] : 0.0f;
+  for (int distance = 16; distance; distance /= 2) sum += __shfl_xor_sync(all_lanes, sum, distance);
   return sum;
 }
 
@@ -239,7 +238,15 @@ __device__ __forceinline__ void transform(Values& values, const Input* row, cons
 
 // -------------------------------------------------------------------------------------------------- measure
 
-// The range of each group, known to all its lanes. Symmetric grids: high is the absolute maximum, low is unused.
+// Floats as unsigned integers in the same order; without a sign they are in order as they are.
+__device__ __forceinline__ unsigned ordered(float value) {
+  unsigned bits = __float_as_uint(value);
+  return bits ^ (bits >> 31 ? 0xFFFFFFFFu : 0x80000000u);
+}
+__device__ __forceinline__ float unordered(unsigned bits) { return __uint_as_float(bits ^ (bits >> 31 ? 0x80000000u : 0xFFFFFFFFu)); }
+
+// The range of each group, known to all its lanes; where there is one scale for the whole token, of the lane's own
+// channels. Symmetric grids: high is the absolute maximum, low is unused.
 __device__ __forceinline__ Range group_range(const Values& values) {
   constexpr bool asymmetric = scales == TWO_LEVEL_ASYMMETRIC;
   constexpr int lanes_per_group = group / channels_per_lane;
@@ -248,6 +255,11 @@ __device__ __forceinline__ Range group_range(const Values& values) {
   for (int i = 1; i < channels_per_lane; i++) {
     if (asymmetric) range.low = fminf(range.low, values[i]);
     range.high = fmaxf(range.high, asymmetric ? values[i] : fabsf(values[i]));
+  }
+  if (scales == PER_TOKEN) return range;
+  if (lanes_per_group == 32) {
+    if (!asymmetric) return {0.0f, __uint_as_float(__reduce_max_sync(all_lanes, __float_as_uint(range.high)))};
+    return {unordered(__reduce_min_sync(all_lanes, ordered(range.low))), unordered(__reduce_max_sync(all_lanes, ordered(range.high)))};
   }
 #pragma unroll
   for (int distance = 1; distance < lanes_per_group; distance *= 2) {
@@ -261,11 +273,14 @@ __device__ __forceinline__ float absmax_of(const Range& range) {
   return scales == TWO_LEVEL_ASYMMETRIC ? fmaxf(fabsf(range.low), fabsf(range.high)) : range.high;
 }
 
-// Absolute maxima are ordered as integers as they are as floats.
-__device__ __forceinline__ void share_absmax(unsigned& shared_absmax, float absmax) {
-  unsigned bits = __float_as_uint(absmax);
-  for (int distance = 16; distance; distance /= 2) bits = max(bits, __shfl_xor_sync(all_lanes, bits, distance));
-  if (threadIdx.x % 32 == 0) atomicMax(&shared_absmax, bits);
+// Every lane's absolute maximum to its warp's slot; after the block has met, that of all slots.
+__device__ __forceinline__ void share_absmax(unsigned (&slots)[32], float absmax) {
+  unsigned bits = __reduce_max_sync(all_lanes, __float_as_uint(absmax));
+  if (threadIdx.x % 32 == 0) slots[threadIdx.x / 32] = bits;
+}
+__device__ __forceinline__ float shared_absmax(const unsigned (&slots)[32]) {
+  unsigned bits = threadIdx.x % 32 < blockDim.x / 32 ? slots[threadIdx.x % 32] : 0;
+  return __uint_as_float(__reduce_max_sync(all_lanes, bits));
 }
 
 // --------------------------------------------------------------------------------------------------- encode
@@ -408,7 +423,6 @@ quantize_activations(const Input* x, const Input* other, const Input* norm_weigh
   int slot = threadIdx.x / lanes_per_block, slots = blockDim.x / lanes_per_block;
   int position = threadIdx.x % lanes_per_block * channels_per_lane;
 
-  if (threadIdx.x < 2) shared.absmax[threadIdx.x] = 0;
   allow_next_kernel();
   // What does not come from the previous kernel is fetched while that one ends.
   LaneIndices indices[blocks_per_lane];
@@ -451,9 +465,9 @@ quantize_activations(const Input* x, const Input* other, const Input* norm_weigh
   share_absmax(shared.absmax[1], outlier_absmax);
   __syncthreads();
 
-  float body_scale = token_scale_of(__uint_as_float(shared.absmax[0]), factors);
+  float body_scale = token_scale_of(shared_absmax(shared.absmax[0]), factors);
   float body_inverse = reciprocal_or_zero(body_scale);
-  float outliers_scale = __fmul_rn(__uint_as_float(shared.absmax[1]), per_int8);
+  float outliers_scale = __fmul_rn(shared_absmax(shared.absmax[1]), per_int8);
   float outliers_inverse = reciprocal_or_zero(outliers_scale);
   if (threadIdx.x == 0) {
     token_scale[token] = body_scale;

@@ -1,7 +1,8 @@
 """`atom bench gemm`: our GEMM beside what one would use instead, in one process on one card.
 
 A contender is built on as many copies of its weight as exceed the L2 cache together; the products over all copies are
-captured in one CUDA graph, whose replays are timed. So launch cost is a graph's, and weights come from memory.
+captured in one CUDA graph. The graphs of all contenders are replayed and timed in turn. So launch cost is a graph's,
+weights come from memory, and all meet the same clock.
 """
 
 import functools
@@ -68,16 +69,15 @@ def run(
 def _case(
     out_features: int, in_features: int, tokens: int, contenders: list[Contender], ours: list[str], repeats: int
 ) -> list[Row]:
-    times: dict[str, Measure] = {}
+    replays: dict[str, timing.Replay] = {}
     notes: dict[str, str] = {}
     for contender in contenders:
         copies = max(2, int(ROTATED_BYTES / (out_features * in_features * contender.weight_bits / 8)) + 1)
         try:
-            times[contender.name] = measure(
-                timing.graph_times(contender.build(out_features, in_features, tokens, copies), repeats), "µs"
-            )
+            replays[contender.name] = timing.capture(contender.build(out_features, in_features, tokens, copies))
         except (AtomError, RuntimeError, ImportError, AttributeError, TypeError, ValueError) as error:
             notes[contender.name] = str(error).splitlines()[0] if str(error) else type(error).__name__
+    times = {name: measure(samples, "µs") for name, samples in timing.in_turn(replays, repeats).items()}
     best_peer = min((time.median for name, time in times.items() if name not in ours), default=None)
     operations = 2.0 * out_features * in_features * tokens
     rows = []
@@ -171,8 +171,10 @@ def tune_gemm(scheme: Scheme, out_features: int, in_features: int, tokens: int) 
 
 
 def _layout(scheme: Scheme, in_features: int) -> InputLayout:
+    """Channels in a random order, as a checkpoint's are where outliers go last."""
+    order = torch.randperm(in_features, generator=torch.Generator().manual_seed(0)) if scheme.outliers else None
     hadamard = scheme.transform == "hadamard"
-    return InputLayout(in_features, scheme.outliers, scheme.hadamard_block, hadamard=hadamard)
+    return InputLayout(in_features, scheme.outliers, scheme.hadamard_block, order, hadamard=hadamard)
 
 
 def _random_weight(scheme: Scheme, out_features: int, in_features: int) -> layouts.GemmWeight:

@@ -4,7 +4,7 @@
 chosen, and how its input is to be quantized.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -61,6 +61,14 @@ def choose_for(scheme: Scheme, arch: str) -> Choice:
     return Choice(None, group_reason if float_scales else integer_reason)
 
 
+def choose_for_experts(scheme: Scheme, device: torch.device | str, in_features: int = 4096) -> Choice:
+    """What runs all experts of a mixture as one product, or why each expert runs on its own."""
+    choice = choose(scheme, device, in_features)
+    if choice.kernel is None or choice.kernel in (f"gemm_w{bits}_sm90a" for bits in (4, 8)):
+        return choice
+    return Choice(None, f"experts are one product on the integer GEMM of sm_90a, not on {choice.kernel}")
+
+
 def machine_reason(device: torch.device) -> str | None:
     """Why no kernel runs on `device` at all, or None: no GPU, a card that none is built for, no compiler."""
     if device.type != "cuda" or not torch.cuda.is_available():
@@ -94,6 +102,29 @@ class Product:
     def quantize(self, x: Tensor) -> quantize.Operand:
         """The operand of x (tokens, in_features) fp32, fp16 or bf16."""
         return quantize.quantize(x, self.scheme, self.layout, self.container)
+
+
+@dataclass(frozen=True)
+class ExpertProduct:
+    """y = x W^T of a layer of all experts, for inputs that are sorted by the expert that each of them takes."""
+
+    scheme: Scheme
+    layout: quantize.KernelLayout
+    weights: layouts.GemmWeight
+
+    def multiply(self, operand: quantize.Operand, expert_starts: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
+        """y (tokens, out_features); expert_starts (experts + 1,) int32 says where each expert's tokens begin."""
+        return gemm.expert_linear(operand, self.weights, expert_starts, tokens, dtype)
+
+
+def prepare_experts(weights: Sequence[QuantizedWeight], layout: InputLayout) -> ExpertProduct:
+    """The product of experts that share scheme, shape and layout; UnsupportedError says why there is none."""
+    first = weights[0]
+    choice = choose_for_experts(first.scheme, first.codes.device, first.shape[1])
+    if choice.kernel is None:
+        raise UnsupportedError(f"No kernel serves experts in scheme {first.scheme.name}: {choice.reason}.")
+    stacked = layouts.stack([layouts.prepare_weight(weight) for weight in weights])
+    return ExpertProduct(first.scheme, quantize.prepare_layout(layout, first.codes.device), stacked)
 
 
 def prepare(weight: QuantizedWeight, layout: InputLayout) -> Product:

@@ -1,10 +1,11 @@
 """The integer GEMM: y = x W^T on INT8 operands, with 4-bit or 8-bit weights and a block of INT8 outlier channels.
 
 cuda/gemm_sm90a.cuh computes it; which tile it takes is chosen in kernels/tune.py. One torch operator, `atom::gemm`, so
-that torch.compile and CUDA graphs can hold it.
+that torch.compile and CUDA graphs can hold it. The experts of a mixture are one product too, on a stack of weights.
 """
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,15 +23,43 @@ def linear(operand: Operand, weight: GemmWeight, tokens: int, dtype: torch.dtype
     Raises UsageError for operands that do not fit each other.
     """
     _check(operand, weight, tokens, dtype, bias)
-    return torch.ops.atom.gemm(
+    return _call(operand, weight, bias, None, tokens, dtype)
+
+
+def expert_linear(
+    operand: Operand, weights: GemmWeight, expert_starts: Tensor, tokens: int, dtype: torch.dtype
+) -> Tensor:
+    """y (tokens, out_features) of inputs that are sorted by expert and the stack of the experts' weights.
+
+    expert_starts (experts + 1,) int32 on the device: tokens starts[e] ... starts[e + 1] - 1 take expert e. Nothing is
+    padded, and the host need not know how many there are of each. Raises UsageError like `linear`.
+    """
+    _check(operand, weights, tokens, dtype, None)
+    experts = weights.body.shape[0]
+    if weights.body.dim() != 4 or expert_starts.shape != (experts + 1,) or expert_starts.dtype != torch.int32:
+        found = f"{expert_starts.dtype} {tuple(expert_starts.shape)}"
+        raise UsageError(f"A stack of {experts} experts needs {experts + 1} int32 starts, not {found}.")
+    return _call(operand, weights, None, expert_starts, tokens, dtype)
+
+
+def _call(
+    operand: Operand,
+    weight: GemmWeight,
+    bias: Tensor | None,
+    expert_starts: Tensor | None,
+    tokens: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    y: Tensor = torch.ops.atom.gemm(
         operand.codes, operand.token_scale, operand.outlier_scale, weight.body, weight.outliers, weight.row_scale,
-        weight.outlier_row_scale, bias, weight.bits, weight.shape[0], tokens, dtype,
+        weight.outlier_row_scale, bias, expert_starts, weight.bits, weight.shape[0], tokens, dtype,
     )  # fmt: skip
+    return y
 
 
 def _check(operand: Operand, weight: GemmWeight, tokens: int, dtype: torch.dtype, bias: Tensor | None) -> None:
     codes = operand.codes
-    blocks = weight.body.shape[1] + (weight.outliers is not None)
+    blocks = weight.body.shape[-2] + (weight.outliers is not None)
     if dtype not in OUTPUTS:
         raise UsageError(f"The GEMM puts out bfloat16 or float16, not {dtype}.")
     if codes.dim() != 3 or codes.shape[0] != blocks or codes.shape[2] != BLOCK or codes.element_size() != 1:
@@ -56,23 +85,31 @@ def launch(
     weight: GemmWeight,
     output: Tensor,
     bias: Tensor | None = None,
+    expert_starts: Tensor | None = None,
 ) -> None:
-    """Enqueue y (tokens, out_features) = x W^T on torch's current stream with the given tile."""
+    """Enqueue y (tokens, out_features) = x W^T on torch's current stream with the given tile.
+
+    With `expert_starts` (experts + 1,) the weight is a stack: tokens starts[e] ... starts[e + 1] - 1 take expert e.
+    """
     device = output.device
     tokens, rows = output.shape
-    padded, blocks = operand.codes.shape[1], weight.body.shape[1]
-    block_bytes = weight_block_bytes(weight.bits)
-    kernel = compiler.load_kernel(
-        source(weight.bits), "gemm", device, tile.defines(output.dtype), tile.shared_bytes(block_bytes)
-    )
-    row_tiles = -(-rows // (tile.rows * tile.cluster)) * tile.cluster
-    token_tiles = -(-tokens // tile.tokens)
-    grid, split_tiles = deal(tile, row_tiles * token_tiles, compiler.multiprocessors(device))
+    padded, (row_groups, blocks) = operand.codes.shape[1], weight.body.shape[-3:-1]
+    experts = 0 if expert_starts is None else expert_starts.numel() - 1
+    shared_bytes = tile.shared_bytes(weight_block_bytes(weight.bits))
+    defines = tile.defines(output.dtype, experts)
+    kernel = compiler.load_kernel(source(weight.bits), "gemm", device, defines, shared_bytes)
+    token_tiles, processors = -(-tokens // tile.tokens), compiler.multiprocessors(device)
+    if expert_starts is None:
+        row_tiles = -(-rows // (tile.rows * tile.cluster)) * tile.cluster
+        grid, split_tiles = deal(tile, row_tiles * token_tiles, processors)
+    else:  # how many tiles there are is known on the device
+        row_tiles = row_groups // tile.row_groups
+        grid, split_tiles = tile.blocks or processors * tile.blocks_per_sm, int(tile.split == "all")
     partials, flags = _workspace(device, grid, tile) if split_tiles else (None, None)
     kernel.launch(
         grid, tile.threads, weight.body, weight.outliers, operand.codes, weight.row_scale, weight.outlier_row_scale,
-        operand.token_scale, operand.outlier_scale, bias, output, partials, flags, rows, tokens, padded, blocks,
-        row_tiles, token_tiles, split_tiles, overlap=True,
+        operand.token_scale, operand.outlier_scale, bias, output, partials, flags, expert_starts, rows, tokens, padded,
+        blocks, row_tiles, token_tiles, split_tiles, overlap=True,
     )  # fmt: skip
 
 
@@ -89,7 +126,7 @@ def _workspace(device: torch.device, grid: int, tile: Tile) -> tuple[Tensor, Ten
     of a CUDA graph. The kernel leaves the flags zero.
     """
     stream = torch.cuda.current_stream(device).cuda_stream
-    capture = _capture_id(stream)
+    capture = capture_id(stream)
     key = (device.index or 0, stream)
     sums = grid * tile.rows * tile.tokens
     known = _workspaces.get(key)
@@ -103,7 +140,7 @@ def _workspace(device: torch.device, grid: int, tile: Tile) -> tuple[Tensor, Ten
     return known[1], known[2]
 
 
-def _capture_id(stream: int) -> int:
+def capture_id(stream: int) -> int:
     """Identity of the graph capture that the stream takes part in; 0 outside."""
     if not torch.cuda.is_current_stream_capturing():
         return 0
@@ -126,6 +163,7 @@ def _gemm(
     row_scale: Tensor,
     outlier_row_scale: Tensor | None,
     bias: Tensor | None,
+    expert_starts: Tensor | None,
     bits: int,
     rows: int,
     tokens: int,
@@ -134,34 +172,26 @@ def _gemm(
     output = torch.empty(tokens, rows, dtype=dtype, device=codes.device)
     if tokens == 0:
         return output
-    weight = GemmWeight(bits, (rows, body.shape[1] * BLOCK), body, row_scale, outliers, outlier_row_scale)
+    weight = GemmWeight(bits, (rows, body.shape[-2] * BLOCK), body, row_scale, outliers, outlier_row_scale)
     operand = Operand(codes, codes, token_scale, outlier_scale, codes)
-    tile = tune.choose(codes.device, bits, rows, body.shape[1], tokens)
-    launch(tile, operand, weight, output, bias)
+    if expert_starts is None:
+        tile = tune.choose(codes.device, bits, rows, body.shape[-2], tokens)
+    else:
+        tile = tune.for_experts(bits, rows, body.shape[0], tokens, compiler.multiprocessors(codes.device))
+    launch(tile, operand, weight, output, bias, expert_starts)
     return output
 
 
-def _gemm_shape(
-    codes: Tensor,
-    token_scale: Tensor,
-    outlier_scale: Tensor,
-    body: Tensor,
-    outliers: Tensor | None,
-    row_scale: Tensor,
-    outlier_row_scale: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    rows: int,
-    tokens: int,
-    dtype: torch.dtype,
-) -> Tensor:
+def _gemm_shape(codes: Tensor, *rest: Any) -> Tensor:
+    *_, rows, tokens, dtype = rest
     return codes.new_empty(tokens, rows, dtype=dtype)
 
 
 _library = torch.library.Library("atom", "FRAGMENT")
 _library.define(
     "gemm(Tensor codes, Tensor token_scale, Tensor outlier_scale, Tensor body, Tensor? outliers, Tensor row_scale, "
-    "Tensor? outlier_row_scale, Tensor? bias, int bits, SymInt rows, SymInt tokens, ScalarType dtype) -> Tensor"
+    "Tensor? outlier_row_scale, Tensor? bias, Tensor? expert_starts, int bits, SymInt rows, SymInt tokens, "
+    "ScalarType dtype) -> Tensor"
 )
 _library.impl("gemm", _gemm, "CUDA")
 torch.library.register_fake("atom::gemm", _gemm_shape, lib=_library)

@@ -4,6 +4,7 @@ A row group is 64 output channels, a block 128 input channels. Row groups are pa
 blocks, both with zeros. The fragment a thread holds is described in cuda/unpack.cuh.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,7 @@ INT8_BLOCK_BYTES = ROW_GROUP * BLOCK
 
 @dataclass(frozen=True)
 class GemmWeight:
-    """A weight (out_features, in_features) as the GEMM takes it.
+    """A weight (out_features, in_features) as the GEMM takes it, or a stack of them with one more dimension in front.
 
     body: uint8 (row groups, blocks, INT4_BLOCK_BYTES or INT8_BLOCK_BYTES); outliers: uint8 (row groups,
     INT8_BLOCK_BYTES) or None; row_scale, outlier_row_scale: fp32 (row groups * 64,).
@@ -73,6 +74,18 @@ def prepare_weight(weight: QuantizedWeight) -> GemmWeight:
     assert weight.outlier_scale is not None
     outlier_scale = pad_scale(weight.outlier_scale)
     return GemmWeight(bits, weight.shape, body, pad_scale(weight.unit), outliers.contiguous(), outlier_scale)
+
+
+def stack(weights: Sequence[GemmWeight]) -> GemmWeight:
+    """Weights of one shape and kind as one, for inputs that each take one of them."""
+    first = weights[0]
+    outliers = outlier_row_scale = None
+    if first.outliers is not None:
+        outliers = torch.stack([weight.outliers for weight in weights if weight.outliers is not None])
+        scales = [weight.outlier_row_scale for weight in weights if weight.outlier_row_scale is not None]
+        outlier_row_scale = torch.stack(scales)
+    body, row_scale = (torch.stack([getattr(weight, name) for weight in weights]) for name in ("body", "row_scale"))
+    return GemmWeight(first.bits, first.shape, body, row_scale, outliers, outlier_row_scale)
 
 
 def pad_scale(scale: Tensor) -> Tensor:

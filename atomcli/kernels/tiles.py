@@ -50,15 +50,16 @@ class Tile:
         """Dynamic shared memory, by the same formula as in the source."""
         stage = self.stage_blocks * (self.tokens * BLOCK + self.row_groups * weight_bytes)
         exchange = (self.k_groups - 1) * self.row_groups * ROW_GROUP * self.tokens * 4
-        store = self.row_groups * 4 * min(self.tokens, 32 if self.roomy and self.tokens < 256 else 16) * 48
+        store = self.row_groups * 4 * min(self.tokens, 32 if self.roomy and self.cluster == 1 else 16) * 48
         return 1024 + self.stages * (-(-stage // 1024) * 1024) + exchange + store
 
-    def defines(self, output: torch.dtype) -> dict[str, int | str]:
-        """What the source is compiled with."""
+    def defines(self, output: torch.dtype, experts: int = 0) -> dict[str, int | str]:
+        """What the source is compiled with; `experts` 0 for a single weight."""
         names = ("tokens", "row_groups", "k_groups", "stages", "stage_blocks", "cluster", "blocks_per_sm")
         values = asdict(self)
         fragments = self.fragments or (2 if self.roomy or self.tokens <= 16 else 1)
-        return {**{name.upper(): values[name] for name in names}, "FRAGMENTS": fragments, "OUTPUT": OUTPUTS[output]}
+        parameters = {name.upper(): values[name] for name in names}
+        return parameters | {"FRAGMENTS": fragments, "EXPERTS": experts, "OUTPUT": OUTPUTS[output]}
 
 
 def source(bits: int) -> str:

@@ -1,12 +1,33 @@
-"""Times of kernels without the cost of launching them: replays of a CUDA graph, between two events."""
+"""Times of kernels without the cost of launching them: replays of CUDA graphs, between two events."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
+Name = TypeVar("Name")
 
-def graph_times(products: Sequence[Callable[[], object]], repeats: int = 7) -> list[float]:
-    """Microseconds of one call, a sample per replay of a graph of them all; a short round is captured several times."""
+
+@dataclass(frozen=True)
+class Replay:
+    """A captured graph of some number of calls."""
+
+    graph: torch.cuda.CUDAGraph
+    calls: int
+
+    def microseconds(self) -> float:
+        """The time of one call in one replay."""
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        self.graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e3 / self.calls
+
+
+def capture(products: Sequence[Callable[[], object]]) -> Replay:
+    """A graph of all the products one after the other; a short round is captured several times."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -21,12 +42,17 @@ def graph_times(products: Sequence[Callable[[], object]], repeats: int = 7) -> l
             for product in products:
                 product()
     graph.replay()
-    samples = []
+    torch.cuda.synchronize()
+    return Replay(graph, rounds * len(products))
+
+
+def in_turn(replays: Mapping[Name, Replay], repeats: int = 7) -> dict[Name, list[float]]:
+    """Microseconds of one call of each, a sample per replay.
+
+    They are replayed in turn: what the card's clock and power limit do in the meantime happens to all of them.
+    """
+    samples: dict[Name, list[float]] = {name: [] for name in replays}
     for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        samples.append(start.elapsed_time(end) * 1e3 / (rounds * len(products)))
+        for name, replay in replays.items():
+            samples[name].append(replay.microseconds())
     return samples

@@ -80,6 +80,15 @@ def default(bits: int, rows: int, tokens: int, multiprocessors: int) -> Tile:
     return fit(tile, bits)
 
 
+def for_experts(bits: int, rows: int, experts: int, tokens: int, multiprocessors: int) -> Tile:
+    """A tile for `tokens` tokens sorted by expert, as if those that have some had equally many.
+
+    An expert's tokens begin anywhere in a window of whole groups of 8: up to 7 others may come before them.
+    """
+    active = min(experts, tokens)
+    return default(bits, rows * active, -(-tokens // active) + 7, multiprocessors)
+
+
 def fit(tile: Tile, bits: int) -> Tile:
     """The same tile with as many stages as shared memory holds for weights of `bits`."""
     while tile.shared_bytes(weight_block_bytes(bits)) + tile.stages * 16 > SHARED_LIMIT:
@@ -105,7 +114,8 @@ def tune(
     products: Callable[[Tile], list[Callable[[], object]]],
 ) -> Tile:
     """Time every candidate and keep the fastest; `products` gives the calls to time with a tile, on rotated weights."""
-    times = {tile: statistics.median(timing.graph_times(products(tile))) for tile in candidates(bits, rows, tokens)}
+    replays = {tile: timing.capture(products(tile)) for tile in candidates(bits, rows, tokens)}
+    times = {tile: statistics.median(samples) for tile, samples in timing.in_turn(replays).items()}
     best = min(times, key=times.__getitem__)
     log.info("%s: %s takes %.2f µs", _key(bits, rows, blocks, tokens), best, times[best])
     _keep(_card(device), {_key(bits, rows, blocks, tokens): best})

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from atomcli.kernels.compiler import load_kernel, multiprocessors
-from atomcli.kernels.gemm import _capture_id
+from atomcli.kernels.gemm import capture_id
 from atomcli.kernels.layouts import GemmWeight
 from atomcli.kernels.quantize import Operand
 
@@ -71,7 +71,7 @@ def workspace(device: torch.device, name: str, partial_floats: int, flags: int) 
     Each capture of a CUDA graph gets its own: a graph's memory must not depend on another's replay.
     """
     stream = torch.cuda.current_stream(device).cuda_stream
-    key, capture = (device.index, stream, name), _capture_id(stream)
+    key, capture = (device.index, stream, name), capture_id(stream)
     found = _workspaces.get(key)
     if (
         found is None

@@ -55,6 +55,7 @@ class SharedInput:
 class QuantLinear(nn.Module):
     """y = x W^T + bias with W in its scheme and x quantized per token; the tensors are those of the checkpoint.
 
+    On a GPU they give way to the weight that was repacked for the kernel, and lie in the host's memory from then on.
     `observer` gets the input the product sees, (tokens, in_features) fp32 in the layout's order and basis.
     `keep_dequantized` trades memory (fp32 weight) for the time to unpack the weight at each call.
     """
@@ -83,6 +84,7 @@ class QuantLinear(nn.Module):
         self.keep_dequantized = False
         self._dequantized: Tensor | None = None
         self._product: dispatch.Product | None = None
+        self._home: torch.device | None = None  # where the layer works, while its weight lies on the host
         for spec in tensor_layout(scheme, out_features, in_features, float_dtype=dtype):
             self.register_buffer(spec.suffix, torch.empty(spec.shape, dtype=spec.dtype, device=device))
         optional: dict[str, tuple[bool, int, torch.dtype]] = {
@@ -158,9 +160,9 @@ class QuantLinear(nn.Module):
 
     @property
     def weight_tensors(self) -> QuantizedWeight:
-        """The weight as `formats` sees it, on the layer's own tensors."""
+        """The weight as `formats` sees it, where the layer works: its own tensors unless they lie on the host."""
         specs = tensor_layout(self.scheme, self.out_features, self.in_features)
-        fields = {spec.field: getattr(self, spec.suffix) for spec in specs}
+        fields = {spec.field: getattr(self, spec.suffix).to(self.device) for spec in specs}
         return QuantizedWeight(self.scheme, (self.out_features, self.in_features), **fields)
 
     @property
@@ -170,8 +172,8 @@ class QuantLinear(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weight lies."""
-        return next(self.buffers()).device
+        """Where the layer works."""
+        return self._home or next(self.buffers()).device
 
     def dequantized(self) -> Tensor:
         """The weight the product sees, (out_features, in_features) fp32, in the layout's order and basis."""
@@ -189,7 +191,14 @@ class QuantLinear(nn.Module):
         """The weight repacked for its kernel, made at the first call on a device."""
         if self._product is None:
             self._product = dispatch.prepare(self.weight_tensors, self.layout)
+            self.keep_on_host()
         return self._product
+
+    def keep_on_host(self) -> None:
+        """Leave the device to a repacked weight: the checkpoint's own is for saving, and for the reference."""
+        self._home = self.device
+        for spec in tensor_layout(self.scheme, self.out_features, self.in_features):
+            setattr(self, spec.suffix, getattr(self, spec.suffix).cpu())
 
     def forward(self, x: Tensor, add_bias: bool = True) -> Tensor:
         """x (..., in_features) -> (..., out_features) in x's dtype; without the bias when `add_bias` is False."""
@@ -208,7 +217,7 @@ class QuantLinear(nn.Module):
         super()._apply(fn, recurse)
         for name, dtype in scales.items():
             self._buffers[name] = getattr(self, name).view(dtype)
-        self._dequantized = self._product = None
+        self._dequantized = self._product = self._home = None
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

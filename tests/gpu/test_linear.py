@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from atomcli.formats.scheme import SCHEMES, Scheme
-from atomcli.formats.weights import QuantizedWeight
+from atomcli.formats.weights import QuantizedWeight, tensor_layout
 from atomcli.kernels import dispatch
 from atomcli.runtime.linear import QuantLinear, gpu_kernel, input_layout, pick_kernel, reference_kernel, share_inputs
 from tests.kernels.gemm_cases import random_group_weight, relative_error
@@ -81,3 +81,22 @@ def test_a_moved_or_reloaded_layer_is_repacked() -> None:
     linear.load_state_dict(other.state_dict())
     assert not torch.equal(linear(x), before)
     assert torch.equal(linear(x), other(x))
+
+
+@pytest.mark.parametrize("name", ["w4a8", "atom-paper", "nvfp4"])
+def test_only_the_repacked_weight_stays_on_the_card(name: str) -> None:
+    linear = random_linear(SCHEMES[name], 128, 512)
+    before = {key: tensor.clone() for key, tensor in linear.state_dict().items()}
+    x = torch.randn(4, 512, device="cuda", dtype=torch.bfloat16)
+    y = linear(x)
+    specs = tensor_layout(linear.scheme, 128, 512)
+    assert all(getattr(linear, spec.suffix).device.type == "cpu" for spec in specs)
+    assert linear.device == x.device
+    after = linear.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key].cpu(), after[key].cpu()) for key in before)
+    assert relative_error(y, reference_kernel(linear, x.float(), True)) <= 2e-3
+    linear.load_state_dict(before)
+    assert torch.equal(linear(x), y)
+    assert torch.equal(linear.to("cuda")(x), y)
+    assert linear.to("cpu").device.type == "cpu"

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
-from atomcli.cli import bench, calibrate, doctor, evaluate, inspect, plan, quantize, recipes
+from atomcli.cli import bench, calibrate, doctor, evaluate, export, inspect, plan, quantize, recipes
 from atomcli.cli.command import AsJson, Debug, NoColor, Quiet, configure
 from atomcli.cli.console import console
 from atomcli.errors import RunError
@@ -21,7 +21,7 @@ class Journey(TyperGroup):
     """Lists the commands in the order in which one needs them."""
 
     def list_commands(self, context: Any) -> list[str]:
-        order = ["plan", "quantize", "calibrate", "eval", "bench", "inspect", "recipes", "doctor"]
+        order = ["plan", "quantize", "calibrate", "eval", "bench", "inspect", "export", "recipes", "doctor"]
         return sorted(super().list_commands(context), key=order.index)
 
 
@@ -41,6 +41,7 @@ app.command("quantize")(quantize.quantize)
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(bench.app, name="bench")
 app.command("inspect")(inspect.inspect)
+app.command("export")(export.export)
 app.add_typer(recipes.app, name="recipes")
 app.command("doctor")(doctor.doctor)
 

@@ -1,5 +1,6 @@
 """A checkpoint read for export: its linears, block by block, under the names that every reader of the family knows."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +92,22 @@ class Reading:
     def disk_names(self, index: int) -> dict[str, str]:
         """Disk name of every tensor of a block by its name in it; that of an unquantized model."""
         return block_tensors(self.family, self.config, index)
+
+    def tensor(self, disk: str) -> Tensor:
+        """A tensor that belongs to no quantized weight (a norm, a bias, the embedding), by its name on disk."""
+        return self.checkpoint.read(self._in_checkpoint(disk))
+
+    def shape(self, disk: str) -> tuple[int, ...]:
+        """The shape of such a tensor, without reading it."""
+        return self.checkpoint.shape(self._in_checkpoint(disk))
+
+    def _in_checkpoint(self, disk: str) -> str:
+        matched = re.match(r"model\.layers\.(\d+)\.", disk)
+        if matched is None:
+            return disk
+        index = int(matched[1])
+        name = next(name for name, other in self.disk_names(index).items() if other == disk)
+        return f"{block_name(index)}.{name}"
 
     def outer(self) -> dict[str, Tensor]:
         """The tensors outside the blocks."""

@@ -27,7 +27,7 @@ MAY_USE = {
     "kernels": {"errors", "resources", "formats"},
     "runtime": {"errors", "formats", "models", "kernels"},
     "pipeline": {*GROUND, "formats", "models", "checkpoint", "text", "algorithms", "recipe", "runtime"},
-    "integrations": {"errors", "formats", "runtime", "pipeline"},
+    "integrations": {*GROUND, "formats", "models", "checkpoint", "algorithms", "kernels", "runtime", "pipeline"},
     "evaluation": {*GROUND, "formats", "checkpoint", "text", "runtime", "pipeline", "integrations"},
     "benchmarks": {
         *GROUND,
@@ -39,6 +39,9 @@ MAY_USE = {
         "runtime",
         "pipeline",
         "integrations",
+        "recipe",
+        "overrides",
+        "evaluation",
     },
 }
 MAY_USE["reporting"] = {"errors", "units", "formats", "checkpoint", "benchmarks"}

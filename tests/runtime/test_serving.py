@@ -77,7 +77,8 @@ def test_preemption_changes_no_token(model: FusedModel) -> None:
 def test_a_soak_leaks_no_page(model: FusedModel) -> None:
     draw = random.Random(4)
     server = Server(model, 12, 7, context=128, chunk=48)
-    asked, answers = requests(60, seed=5, longest=25), {}
+    asked = requests(60, seed=5, longest=25)
+    answers: dict[int, list[int]] = {}
     waiting = list(asked)
     while waiting or not server.idle:
         for _ in range(draw.randrange(4)):

@@ -1,5 +1,6 @@
 """`atom`: the commands, and how a command line that can't be read is answered."""
 
+import os
 import shlex
 import signal
 import sys
@@ -66,6 +67,8 @@ def root(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script: runs the command line and ends the process with its exit code."""
+    # Of several processes the one that fails says why; torch's own words about lost connections would drown it.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # What a scheduler sends before it kills is an interruption like Ctrl-C: said, and resumable.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))

@@ -139,15 +139,23 @@ class Ranks:
             return True
         word = json.dumps({"rank": self.rank, "exit_code": exit_code})
         try:
-            found = json.loads(self._store.compare_set("failed", "", word))
-            mine = found["rank"] == self.rank
-            deadline = time.monotonic() + _SECONDS_FOR_GOODBYES
-            # The store may end with this process: give the others the time to read it.
-            while mine and self._store.add("gone", 0) < self.size - 1 and time.monotonic() < deadline:
-                time.sleep(0.02)
-        except RuntimeError:
+            mine = bool(json.loads(self._store.compare_set("failed", "", word))["rank"] == self.rank)
+        except RuntimeError:  # the store ended with the process that held it
             return False
+        self.take_leave()
         return mine
+
+    def failure(self) -> dict[str, int] | None:
+        """The rank and exit code of the process that failed first; None while none has."""
+        return json.loads(self._store.get("failed")) if self._store.check(["failed"]) else None
+
+    def take_leave(self) -> None:
+        """Say that this process ends with the others; the one that may hold the store waits for all of them."""
+        deadline = time.monotonic() + _SECONDS_FOR_GOODBYES
+        with suppress(RuntimeError):
+            self._store.add("gone", 1)
+            while self.first and self._store.add("gone", 0) < self.size and time.monotonic() < deadline:
+                time.sleep(0.02)
 
 
 ALONE = Ranks()
@@ -180,7 +188,7 @@ def together(device: torch.device | str | None = None) -> Iterator[Ranks]:
         "nccl" if target.type == "cuda" else "gloo", store=store, rank=rank, world_size=size, timeout=_PATIENCE
     )
     ranks, over = Ranks(rank, size, target, store), threading.Event()
-    watch = threading.Thread(target=_end_with_the_others, args=(store, rank, over), daemon=True)
+    watch = threading.Thread(target=_end_with_the_others, args=(ranks, over), daemon=True)
     watch.start()
     try:
         yield ranks
@@ -228,28 +236,23 @@ def _own_device(device: torch.device | str | None) -> torch.device:
     return chosen
 
 
-def _end_with_the_others(store: Any, rank: int, over: threading.Event) -> None:
+def _end_with_the_others(ranks: Ranks, over: threading.Event) -> None:
     """End this process, silently and with the same exit code, when another one fails.
 
     It may be waiting inside a collective that nothing else can interrupt.
     """
-    code = 1
     while not over.wait(_SECONDS_BETWEEN_LOOKS):
         try:
-            if not store.check(["failed"]):
-                continue
-            found = json.loads(store.get("failed"))
-            if found["rank"] == rank:
-                return
-            code = int(found["exit_code"])
-        except RuntimeError:
-            # The process that held the store is gone, which only a failure explains.
-            if over.is_set():
-                return
-        with suppress(RuntimeError):
-            store.add("gone", 1)
-        logging.shutdown()
-        os._exit(code)
+            found = ranks.failure()
+        except RuntimeError:  # the process that held the store is gone, which only a failure explains
+            found = {"rank": -1, "exit_code": 1}
+        if found is None:
+            continue
+        if found["rank"] != ranks.rank:
+            ranks.take_leave()
+            logging.shutdown()
+            os._exit(int(found["exit_code"]))
+        return
 
 
 def owners(costs: Sequence[float], size: int) -> list[int]:

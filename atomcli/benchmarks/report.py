@@ -21,7 +21,10 @@ TableFormat = Literal["md", "csv", "json"]
 
 @dataclass(frozen=True)
 class Measure:
-    """A measured number: median, lower and upper quartile, unit, and the number of samples behind them."""
+    """A measured number: median, lower and upper quartile, unit, and the number of samples behind them.
+
+    Of a mean it holds the mean and one standard error either way.
+    """
 
     median: float
     low: float
@@ -51,6 +54,12 @@ def measure(values: Sequence[float], unit: str) -> Measure:
     if not all(math.isfinite(value) for value in ordered):
         raise ValueError(f"a measure needs finite samples, not {values}")
     return Measure(_quantile(ordered, 0.5), _quantile(ordered, 0.25), _quantile(ordered, 0.75), unit, len(ordered))
+
+
+def mean(value: float, standard_error: float | None, unit: str, samples: int) -> Measure:
+    """A mean over samples with its standard error, None where one sample gives none."""
+    error = standard_error or 0.0
+    return Measure(value, value - error, value + error, unit, samples)
 
 
 def exact(value: float, unit: str) -> Measure:

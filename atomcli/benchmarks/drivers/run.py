@@ -1,0 +1,59 @@
+"""What all drivers share: read the job, have the peer make its checkpoint, load it again, score it by our code."""
+
+import logging
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from atomcli.benchmarks.scores import Job, make, score, versions
+from atomcli.evaluation.scoring import Progress
+
+
+def run(quantize: Callable[[Job, Path], dict[str, Any]], load: Callable[[Job], Any], package: str) -> None:
+    """Work off the job that the command line names.
+
+    `quantize` fills a directory and returns what the table must know of it (`activations`: bits, group, scale_bits);
+    `load` opens the job's checkpoint as the peer does, with its simulated activation quantization.
+    """
+    job = Job.read(Path(sys.argv[1]))
+    logging.basicConfig(level=logging.WARNING)
+    torch.manual_seed(job.seed)
+
+    def made(checkpoint: Path) -> dict[str, Any]:
+        unfinished = checkpoint.with_name(checkpoint.name + ".unfinished")
+        for leftover in (unfinished, checkpoint):
+            shutil.rmtree(leftover, ignore_errors=True)
+        facts = quantize(job, unfinished)
+        unfinished.rename(checkpoint)
+        return {**facts, "versions": versions([package, "torch", "transformers"])}
+
+    def opened() -> tuple[Any, Any]:
+        return load(job).to(job.device).eval(), tokenizer(job)
+
+    make(job, made)
+    score(job, opened, _counter)
+
+
+def parent_model(job: Job) -> Any:
+    """The parent, as transformers loads it, in the dtype that it is stored in."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(job.parent, dtype="auto").eval()
+
+
+def tokenizer(job: Job) -> Any:
+    """The parent's tokenizer."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(job.parent)
+
+
+def _counter(stage: str, unit: str) -> Progress:
+    def say(done: int, total: int) -> None:
+        sys.stderr.write(f"{stage}: {unit} {done}/{total}\n")
+
+    return say

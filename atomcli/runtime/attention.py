@@ -16,8 +16,12 @@ from atomcli.errors import UnsupportedError
 from atomcli.formats.groups import apply_hadamard, hadamard_sizes
 from atomcli.formats.kv import dequantize_kv, quantize_kv
 from atomcli.formats.scheme import KVFormat
+from atomcli.kernels.attention import append, decode, prefill, why_not
+from atomcli.kernels.pages import PageFormat
+from atomcli.models.registry import describe
 from atomcli.runtime.cache import quantized_layer
 from atomcli.runtime.linear import QuantLinear
+from atomcli.runtime.paged_cache import PagedLayer, paged_layer
 
 
 class Attention(nn.Module):
@@ -69,6 +73,9 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states (batch, tokens, hidden) -> (batch, tokens, hidden), as transformers' attention modules."""
         cos, sin = position_embeddings
+        pages = self._pages(past_key_values, hidden_states)
+        if pages is not None:
+            return self.o_proj(self._attend_in_pages(pages, hidden_states, cos, sin, attention_mask)), None
         quantized = self.kv.element != "float"
         keep_bias = not (quantized and self.kv.bias_free)
         query = rotate(self._heads(self.q_proj(hidden_states), self.q_norm), cos, sin)
@@ -98,6 +105,61 @@ class Attention(nn.Module):
             bias = self.v_proj.bias.view(-1, self.head_dim).repeat_interleave(self.num_key_value_groups, dim=0)
             attended = attended + bias.to(attended.dtype)
         return self.o_proj(attended.reshape(*hidden_states.shape[:-1], -1)), weights
+
+    def _pages(self, cache: Cache | None, x: Tensor) -> PagedLayer | None:
+        """This layer's pages where kernels store and read them, else None."""
+        if cache is None or self.kv.element == "float":
+            return None
+        if self.head_dim % 32:  # no page is made for it
+            return None
+        fmt = PageFormat(self.kv.element, self.head_dim)
+        has_bias = self.kv.bias_free and self.k_proj.bias is not None
+        reason = why_not(fmt, x.device, x.dtype, has_bias, self.kv.position == "after_rope")
+        return paged_layer(cache, self.layer_idx, fmt) if reason is None else None
+
+    def _attend_in_pages(
+        self, layer: PagedLayer, hidden_states: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """What `o_proj` gets, (batch, tokens, heads * head_dim), by the kernels over the layer's pages."""
+        batch, count, _ = hidden_states.shape
+        sequences, window = layer.sequences, describe(self.config).window(self.config, self.layer_idx)
+        if layer.owns_sequences:
+            sequences.extend(batch, count, mask, cos, sin)
+        sequences.check(mask, window)
+        new, lengths, table = sequences.new, sequences.lengths, sequences.table
+        assert new is not None
+        assert lengths is not None
+        assert table is not None
+        add_bias = not self.kv.bias_free
+        parts = (
+            (self.q_proj(hidden_states), self.q_norm),
+            (_project(self.k_proj, hidden_states, add_bias), self.k_norm),
+            (_project(self.v_proj, hidden_states, add_bias), None),
+        )
+        heads = [self._heads(x, norm).transpose(1, 2).flatten(0, 1) for x, norm in parts]
+        query, key, value = heads if new.rows is None else [x[new.rows] for x in heads]
+        pool = layer.room(batch, key.shape[1], key.device)
+        rotate_keys = self.kv.position == "after_rope"
+        query = append(
+            pool, layer.format, query, key, value, new.cos, new.sin, new.slots, self.kv.hadamard, rotate_keys
+        )
+        bias = None if add_bias or self.v_proj.bias is None else self.v_proj.bias.float().view(-1, self.head_dim)
+        shared: dict[str, Any] = {
+            "window": window,
+            "value_bias": bias,
+            "hadamard": self.kv.hadamard,
+            "keys_rotated": rotate_keys,
+        }
+        if new.query_starts is None:
+            attended = decode(query, pool, layer.format, table, lengths, self.scaling, **shared)
+        else:
+            starts = new.query_starts
+            attended = prefill(query, pool, layer.format, table, starts, lengths, self.scaling, **shared)
+        if new.rows is not None:
+            padded = attended.new_zeros(batch * count, *attended.shape[1:])
+            padded[new.rows] = attended
+            attended = padded
+        return attended.view(batch, count, -1)
 
     def _heads(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
         """(batch, tokens, heads * head_dim) -> (batch, heads, tokens, head_dim)."""

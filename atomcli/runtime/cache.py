@@ -8,6 +8,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from atomcli.formats.kv import dequantize_kv, quantize_kv
 from atomcli.formats.scheme import KVFormat
+from atomcli.runtime.paged_cache import PagedLayer
 
 _STATES = ("keys", "key_scale", "key_minimum", "values", "value_scale", "value_minimum")
 
@@ -241,7 +242,7 @@ def cache_bytes(cache: Cache) -> int:
     """Bytes that a cache holds, quantized or not."""
     total = 0
     for layer in cache.layers:
-        if isinstance(layer, QuantizedKVLayer):
+        if isinstance(layer, QuantizedKVLayer | PagedLayer):
             total += layer.nbytes
         else:
             total += sum(state.nbytes for state in (layer.keys, layer.values) if state is not None)

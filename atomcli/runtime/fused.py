@@ -77,7 +77,7 @@ class FusedModel:
     def capturable(self) -> bool:
         """Whether a step runs on kernels alone and asks the host nothing, so that a CUDA graph can hold it."""
         return self.device.type == "cuda" and all(
-            not block.is_sparse and block.attention_reason(self.device, self.dtype) is None for block in self.blocks
+            block.routes_on_device and block.attention_reason(self.device, self.dtype) is None for block in self.blocks
         )
 
     @property
@@ -164,6 +164,11 @@ class FusedBlock:
         """Bytes of stored weights, all experts included."""
         experts = [] if self.mlp is None else [*self.mlp.parameters(), *self.mlp.buffers()]
         return sum(projection.nbytes for projection in self.projections) + sum(tensor.nbytes for tensor in experts)
+
+    @property
+    def routes_on_device(self) -> bool:
+        """Whether tokens find their experts without the host; true of a block without experts."""
+        return self.mlp is None or self.mlp.experts.kernel_choice().kernel is not None
 
     def attention_reason(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why the reference attends on `device`, or None where a kernel does."""

@@ -4,6 +4,8 @@ Every error that atom raises on purpose says what is wrong, where, and what was 
 next. The command line prints the two and nothing else; each class fixes the exit code.
 """
 
+_LONGEST = 900
+
 
 class AtomError(Exception):
     """Base of all errors atom raises on purpose; `exit_code` is what the shell sees."""
@@ -11,6 +13,10 @@ class AtomError(Exception):
     exit_code = 1
 
     def __init__(self, what: str, hint: str | None = None) -> None:
+        # A damaged file may have a name of thousands of letters, or one that doesn't stay on its line.
+        what = " ".join(what.split()) if "\n" in what or "\r" in what else what
+        if len(what) > _LONGEST:
+            what = f"{what[: _LONGEST * 2 // 3]} […] {what[-_LONGEST // 4 :]}"
         super().__init__(what)
         self.what = what
         self.hint = hint

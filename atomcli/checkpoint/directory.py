@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from atomcli.checkpoint.digests import combined_digest
-from atomcli.checkpoint.files import copy_file, one_line, read_json, unreadable, write_json
+from atomcli.checkpoint.files import copy_file, is_file_name, one_line, read_json, unreadable, write_json
 from atomcli.checkpoint.source import Source
 from atomcli.checkpoint.tensorfile import TensorFile
 from atomcli.errors import InputError, UnsupportedError
@@ -204,7 +204,7 @@ def _open_indexed(path: Path) -> dict[str, TensorFile]:
     shards: dict[str, TensorFile] = {}
     for file in sorted(set(weight_map.values())):
         # A shard lies beside its index; a path that leads elsewhere is not a name.
-        if Path(file).name != file:
+        if not is_file_name(file):
             raise InputError(f"{path / INDEX} names {file!r}, which is not a file beside it", "Copy the index again.")
         if not (path / file).is_file():
             tensors = sum(value == file for value in weight_map.values())

@@ -20,6 +20,11 @@ def unreadable(path: Path, error: OSError) -> InputError:
     )
 
 
+def is_file_name(name: object) -> bool:
+    """Whether text from a file can name a file beside it: no path that leads elsewhere, nothing a disk can't have."""
+    return isinstance(name, str) and Path(name).name == name and len(name) <= 255 and name.isprintable()
+
+
 def read_json(path: Path, missing_ok: bool = False) -> dict[str, Any]:
     """A JSON object from a file; InputError naming the file otherwise. `missing_ok` gives {} for an absent file."""
     try:
@@ -28,7 +33,7 @@ def read_json(path: Path, missing_ok: bool = False) -> dict[str, Any]:
         if missing_ok and isinstance(error, FileNotFoundError):
             return {}
         raise unreadable(path, error) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON: {one_line(error)}", "Copy the file again.") from error
     if not isinstance(value, dict):
         raise InputError(f"{path} holds {type(value).__name__}, not a JSON object", "Copy the file again.")

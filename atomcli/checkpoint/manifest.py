@@ -8,7 +8,7 @@ from typing import Any
 
 from atomcli.checkpoint.digests import sha256_file
 from atomcli.checkpoint.directory import COMPANIONS, CONFIG, INDEX
-from atomcli.checkpoint.files import read_json
+from atomcli.checkpoint.files import is_file_name, read_json
 from atomcli.errors import InputError
 
 MANIFEST = "atom_manifest.json"
@@ -106,7 +106,7 @@ def read_manifest(directory: Path) -> Manifest:
         shards = [ShardRecord.from_dict(shard) for shard in data["shards"]]
         files = {name: FileRecord(record["bytes"], record["sha256"]) for name, record in data["files"].items()}
         for name in (*files, *(shard.file for shard in shards)):
-            if Path(name).name != name:
+            if not is_file_name(name):
                 raise ValueError(f"{name!r} is not a file beside it")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path} is damaged: {type(error).__name__} {error}", "Copy the checkpoint again.") from error

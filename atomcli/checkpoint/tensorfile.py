@@ -142,7 +142,7 @@ def _read_header(path: Path) -> tuple[int, dict[str, Any], int]:
         raise unreadable(path, error) from error
     try:
         header = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _corrupt(path, "its header is not JSON") from error
     if not isinstance(header, dict):
         raise _corrupt(path, "its header is not a JSON object")

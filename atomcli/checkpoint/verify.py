@@ -10,7 +10,7 @@ from torch import Tensor
 
 from atomcli.checkpoint.digests import sha256_file
 from atomcli.checkpoint.directory import CONFIG, INDEX, MODEL_DTYPES, load_config_json, parse_config
-from atomcli.checkpoint.files import one_line, read_json
+from atomcli.checkpoint.files import is_file_name, one_line, read_json
 from atomcli.checkpoint.manifest import JOURNAL, Manifest, ShardRecord, read_manifest, read_report
 from atomcli.checkpoint.tensorfile import DTYPE_NAMES, TensorFile
 from atomcli.errors import AtomError, InputError, UnsupportedError
@@ -46,9 +46,7 @@ class Checkpoint:
         self.config: PreTrainedConfig = parse_config(path, raw)
         self.report: dict[str, Any] = read_report(path)
         weight_map = read_json(path / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(
-            isinstance(file, str) and Path(file).name == file for file in weight_map.values()
-        ):
+        if not isinstance(weight_map, dict) or not all(is_file_name(file) for file in weight_map.values()):
             raise InputError(f"{path / INDEX} has no weight_map of tensor to a file beside it", _AGAIN)
         self._files: dict[str, TensorFile] = {}
         for file in sorted(set(weight_map.values())):

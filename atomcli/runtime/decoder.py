@@ -6,7 +6,8 @@ same modules, so they compute the same numbers.
 
 import copy
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -51,7 +52,8 @@ class TensorSource(Protocol):
 
 def empty_block(family: Family, config: PreTrainedConfig, index: int, kv: KVFormat = FLOAT_CACHE) -> nn.Module:
     """Decoder layer `index` on the meta device, with our attention and experts; its linears are nn.Linear."""
-    return adapt_block(_made(family, "DecoderLayer", config, index), kv)
+    with _described(family.prefix):
+        return adapt_block(_made(family, "DecoderLayer", config, index), kv)
 
 
 def adapt_block(layer: Any, kv: KVFormat) -> nn.Module:
@@ -238,14 +240,21 @@ def load_checkpoint(directory: Path | str) -> PreTrainedModel:
 def _made(family: Family, kind: str, config: PreTrainedConfig, *arguments: Any) -> Any:
     """One of transformers' modules on the meta device; InputError when the config describes none."""
     create: Callable[..., Any] = getattr(importlib.import_module(family.module), family.prefix + kind)
+    with _described(family.prefix), torch.device("meta"):
+        return create(config, *arguments)
+
+
+@contextmanager
+def _described(prefix: str) -> Iterator[None]:
+    """InputError for a config that no model can be made of, whatever makes transformers or us stumble over it."""
     try:
-        with torch.device("meta"):
-            return create(config, *arguments)
-    # What a wrong value makes transformers stumble over depends on the value: an unknown activation is a KeyError.
-    except (LookupError, AttributeError, ValueError, TypeError, ArithmeticError, RuntimeError) as error:
+        yield
+    # That depends on the value: an unknown activation is a KeyError, a padding token too high an assertion.
+    except (
+        LookupError, AttributeError, ValueError, TypeError, ArithmeticError, RuntimeError, AssertionError
+    ) as error:  # fmt: skip
         raise InputError(
-            f"config.json describes no {family.prefix} model that transformers can make: {error!r}",
-            "Copy config.json again.",
+            f"config.json describes no {prefix} model that transformers can make: {error!r}", "Copy config.json again"
         ) from error
 
 

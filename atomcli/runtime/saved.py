@@ -90,12 +90,12 @@ def checkpoint_files(directory: Path) -> list[Path]:
     if index.exists():
         try:
             names = sorted({Path(name).as_posix() for name in json.loads(index.read_text())["weight_map"].values()})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"{index} can't be read: {error!r}", "The file is damaged.") from error
     else:
         names = ["model.safetensors"]
     for name in names:
-        if Path(name).name != name or not (directory / name).is_file():
+        if Path(name).name != name or len(name) > 255 or not (directory / name).is_file():
             raise InputError(f"{directory} lacks the file {name}", "The checkpoint is incomplete.")
     return [directory / name for name in names]
 

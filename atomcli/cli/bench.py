@@ -64,6 +64,40 @@ def model(
     _show(rows, form)
 
 
+@app.command("serve")
+@command
+@reportable
+def serve(
+    checkpoint: Checkpoint = None,
+    against: Against = None,
+    shape: ModelShape = None,
+    w8a8: W8A8 = False,
+    memory: Annotated[
+        list[float] | None, typer.Option("--memory", metavar="GB", help="For weights and cache; repeatable [24].")
+    ] = None,
+    reserve: Annotated[
+        int, typer.Option("--reserve", metavar="TOKENS", help="Kept for each sequence; 0: pages as it grows.")
+    ] = 2048,
+    seconds: Annotated[float, typer.Option("--seconds", help="How long each system is measured.")] = 4.0,
+    form: Form = "md",
+    device: options.Device = None,
+) -> None:
+    """Tokens per second of a server when every system has the same memory.
+
+    Requests as long as the Atom paper's (23 tokens of prompt and 995 of output on average), as many at a time as fit:
+    the paper's protocol with a fixed reserve for each sequence, or pages.
+    """
+    from atomcli.benchmarks.serve import bench_serve
+    from atomcli.cli.progress import Progress
+    from atomcli.cli.systems import systems
+
+    named = systems(checkpoint, against, shape, w8a8, device)
+    with Progress() as progress:
+        seen = progress.counter("bench", "setting")
+        rows = bench_serve(named, memory or [24.0], reserve or None, seconds=seconds, progress=seen)
+    _show(rows, form)
+
+
 @app.command("gemm")
 @command
 @reportable
@@ -77,6 +111,7 @@ def gemm(
     ] = None,
     tokens: Annotated[list[int] | None, typer.Option("--tokens", help="Rows of the input; repeatable.")] = None,
     peers: Annotated[bool, typer.Option(help="Also time what one would use instead.")] = True,
+    tune: Annotated[bool, typer.Option("--tune", help="First measure which tile is fastest, and keep it.")] = False,
     repeats: Annotated[int, typer.Option("--repeats", help="Measured runs; the table shows their median.")] = 7,
     form: Form = "md",
 ) -> None:
@@ -97,7 +132,9 @@ def gemm(
     shapes = [_shape(text) for text in shape] if shape else default_shapes()
     with Progress() as progress:
         seen = progress.counter("bench", "case")
-        rows = bench.run(shapes, tokens or BATCH_SIZES, schemes, peers=peers, repeats=repeats, progress=seen)
+        rows = bench.run(
+            shapes, tokens or BATCH_SIZES, schemes, peers=peers, repeats=repeats, tune_first=tune, progress=seen
+        )
     _show(rows, form)
 
 

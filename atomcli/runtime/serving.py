@@ -17,6 +17,9 @@ from atomcli.runtime.pages import Pages
 from atomcli.runtime.sampling import GREEDY, Sampling, sample
 
 
+_GROWTH = 4  # a newcomer leaves one free page for this many sequences
+
+
 @dataclass(frozen=True)
 class Request:
     """Token ids to continue: at most `new_tokens` more, or up to one of `stop`, which is the last token then."""
@@ -81,6 +84,16 @@ class Server:
         """Number of sequences that decode."""
         return len(self._running)
 
+    @property
+    def waiting(self) -> int:
+        """Number of requests that don't decode yet, those sent back included."""
+        return len(self._waiting) + len(self._prefilling)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens whose keys and values lie in pages now."""
+        return sum(sequence.cached for sequence in (*self._running, *self._prefilling))
+
     def submit(self, request: Request) -> int:
         """Queue a request and answer its number; InputError or RunError for one that can't be served at all."""
         total = len(request.prompt) + request.new_tokens
@@ -124,8 +137,8 @@ class Server:
         while self._waiting and len(self._prefilling) + len(self._running) < self.rows:
             sequence = self._waiting[0]
             busy = len(self._prefilling) + len(self._running)
-            # A page to grow by for everyone who is here, or the newcomer would soon be sent away again.
-            if self.pages.needed(len(sequence.tokens)) + busy > self.pages.free:
+            # Some pages to grow by for those who are here, or the newcomer would soon be sent away again.
+            if self.pages.needed(len(sequence.tokens)) + -(-busy // _GROWTH) > self.pages.free:
                 break
             self.pages.extend(sequence.pages, len(sequence.tokens))
             self._prefilling.append(self._waiting.popleft())

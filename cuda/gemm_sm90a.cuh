@@ -94,8 +94,9 @@ struct Ring {
     INLINE void wait_full(RingPosition at) const { barrier_wait(full[at.stage], at.parity); }
     INLINE void wait_empty(RingPosition at) const { barrier_wait(empty[at.stage], at.parity ^ 1); }
 
-    // One arrival per warp at every block of the cluster, since each of them writes this stage in all.
+    // One arrival per warp, after all its lanes have read, at every block of the cluster: each writes this stage in all.
     INLINE void release(int stage, int lane) const {
+        __syncwarp();
         if (CLUSTER == 1) {
             if (lane == 0) barrier_arrive(empty[stage]);
         } else if (lane < CLUSTER) {
@@ -410,7 +411,6 @@ struct Consumer {
         if (OUTLIERS) {
             ring.wait_full(at);
             unpack_int8(outlier_fragment, ring.activations(at.stage) + row_group * INT8_BLOCK_BYTES, thread);
-            __syncwarp();
             pass_stage();
         }
         ring.wait_full(at);

@@ -42,10 +42,12 @@ def run(
     *,
     peers: bool = True,
     repeats: int = 7,
+    tune_first: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Row]:
     """A row for each (out_features, in_features), number of tokens and contender; cuBLAS bf16 is always the first.
 
+    `tune_first` chooses the integer GEMM's tile of each case by measuring, and keeps the choice in the user's cache.
     Raises UnsupportedError without a CUDA device.
     """
     if not torch.cuda.is_available():
@@ -58,6 +60,9 @@ def run(
     rows: list[Row] = []
     cases = [(shape, tokens) for shape in shapes for tokens in batch_sizes]
     for done, ((out_features, in_features), tokens) in enumerate(cases):
+        for name in schemes if tune_first else ():
+            if layouts.scheme_reason(SCHEMES[name]) is None:
+                tune_gemm(SCHEMES[name], out_features, in_features, tokens)
         rows += _case(
             out_features, in_features, tokens, [_CUBLAS_BF16, *ours, *others], [c.name for c in ours], repeats
         )
@@ -155,17 +160,20 @@ def _products(
 
 
 def tune_gemm(scheme: Scheme, out_features: int, in_features: int, tokens: int) -> Tile:
-    """Measure which tile is fastest for a problem on this card, and keep the choice on disk."""
+    """Measure which tile is fastest for a problem on this card, its input quantized before it, and keep the choice."""
     device = torch.device("cuda", torch.cuda.current_device())
     bits = scheme.weights.grid.bits
     copies = max(2, int(ROTATED_BYTES / (out_features * in_features * bits / 8)) + 1)
     weights = [_random_weight(scheme, out_features, in_features) for _ in range(copies)]
     x = torch.randn(tokens, in_features, device=device, dtype=torch.bfloat16)
-    operand = quantize.quantize(x, scheme, quantize.prepare_layout(_layout(scheme, in_features), device))
+    layout = quantize.prepare_layout(_layout(scheme, in_features), device)
     output = torch.empty(tokens, out_features, dtype=torch.bfloat16, device=device)
 
+    def product(tile: Tile, weight: layouts.GemmWeight) -> None:
+        gemm.launch(tile, quantize.quantize(x, scheme, layout), weight, output)
+
     def products(tile: Tile) -> list[Product]:
-        return [functools.partial(gemm.launch, tile, operand, weight, output) for weight in weights]
+        return [functools.partial(product, tile, weight) for weight in weights]
 
     return tune.tune(device, bits, out_features, weights[0].body.shape[1], tokens, products)
 

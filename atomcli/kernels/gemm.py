@@ -4,7 +4,6 @@ cuda/gemm_sm90a.cuh computes it; which tile it takes is chosen in kernels/tune.p
 that torch.compile and CUDA graphs can hold it. The experts of a mixture are one product too, on a stack of weights.
 """
 
-import ctypes
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from atomcli.kernels import compiler, tune
 from atomcli.kernels.layouts import BLOCK, GemmWeight
 from atomcli.kernels.quantize import Operand
 from atomcli.kernels.tiles import OUTPUTS, Tile, deal, source, weight_block_bytes
+from atomcli.kernels.workspace import workspace
 
 
 def linear(operand: Operand, weight: GemmWeight, tokens: int, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
@@ -105,50 +105,15 @@ def launch(
     else:  # how many tiles there are is known on the device
         row_tiles = row_groups // tile.row_groups
         grid, split_tiles = tile.blocks or processors * tile.blocks_per_sm, int(tile.split == "all")
-    partials, flags = _workspace(device, grid, tile) if split_tiles else (None, None)
+    partials = flags = None
+    if split_tiles:  # a tile of sums for each block, and a flag for each of its warps that own rows
+        sums = grid * tile.rows * tile.tokens
+        _, partials, flags = workspace(device, "gemm", sums, grid * tile.row_groups * 4, torch.int32)
     kernel.launch(
         grid, tile.threads, weight.body, weight.outliers, operand.codes, weight.row_scale, weight.outlier_row_scale,
         operand.token_scale, operand.outlier_scale, bias, output, partials, flags, expert_starts, rows, tokens, padded,
         blocks, row_tiles, token_tiles, split_tiles, overlap=True,
     )  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------- workspace
-
-_MAX_WARPS = 2 * 132 * 16
-_workspaces: dict[tuple[int, int], tuple[int, Tensor, Tensor]] = {}
-
-
-def _workspace(device: torch.device, grid: int, tile: Tile) -> tuple[Tensor, Tensor]:
-    """Room for partial sums, one tile per block, and zeroed flags, for kernels that follow each other in one stream.
-
-    Work that may run at the same time never shares it: there is one for each stream, and a new one for each capture
-    of a CUDA graph. The kernel leaves the flags zero.
-    """
-    stream = torch.cuda.current_stream(device).cuda_stream
-    capture = capture_id(stream)
-    key = (device.index or 0, stream)
-    sums = grid * tile.rows * tile.tokens
-    known = _workspaces.get(key)
-    if known is None or known[0] != capture or known[1].numel() < sums or known[2].numel() < grid * 16:
-        known = (
-            capture,
-            torch.empty(sums, dtype=torch.int32, device=device),
-            torch.zeros(max(grid * 16, _MAX_WARPS), dtype=torch.int32, device=device),
-        )
-        _workspaces[key] = known
-    return known[1], known[2]
-
-
-def capture_id(stream: int) -> int:
-    """Identity of the graph capture that the stream takes part in; 0 outside."""
-    if not torch.cuda.is_current_stream_capturing():
-        return 0
-    status, identity = ctypes.c_int(), ctypes.c_uint64()
-    compiler.cuda_driver().cuStreamGetCaptureInfo_v2(
-        ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(identity), None, None, None
-    )
-    return identity.value
 
 
 # ---------------------------------------------------------------------------------------------- the operator

@@ -18,6 +18,7 @@ from atomcli.kernels import warp_gemm
 from atomcli.kernels.compiler import load_kernel, multiprocessors
 from atomcli.kernels.group_layouts import CHANNELS, ROWS, Codes, PackedGroups
 from atomcli.kernels.quantize import Operand
+from atomcli.kernels.workspace import workspace
 
 WEIGHT_SCALES = {"fp16": ("FP16", 2), "e8m0": ("E8M0", 1), "e4m3": ("E4M3", 1)}
 SHARED_LIMIT = 227 << 10  # of an SM of sm_90a
@@ -142,7 +143,7 @@ def _multiply_sm90a(operand: Operand, weight: PackedGroups, shape: Shape, output
     # Whole rounds of tiles go to the blocks one each; the rest, or all of a small problem, is split among them.
     split_tiles = row_tiles * token_tiles % grid
     row_groups = shape.rows // ROWS
-    scratch = warp_gemm.workspace(device, "groups", grid * shape.rows * shape.tokens, grid * row_groups * 4)
+    scratch = workspace(device, "groups", grid * shape.rows * shape.tokens, grid * row_groups * 4)
     kernel = load_kernel("gemm_groups_sm90a.cu", "gemm", device, shape.defines, shape.shared_bytes)
     kernel.launch(
         grid, shape.threads, weight.blocks, weight.outliers, operand.codes, operand.group_scales, weight.row_scale,

@@ -11,10 +11,11 @@ Name = TypeVar("Name")
 
 @dataclass(frozen=True)
 class Replay:
-    """A captured graph of some number of calls."""
+    """A captured graph of some number of calls, and what was called, which holds the memory that the graph works on."""
 
     graph: torch.cuda.CUDAGraph
     calls: int
+    products: Sequence[Callable[[], object]]
 
     def microseconds(self) -> float:
         """The time of one call in one replay."""
@@ -43,7 +44,7 @@ def capture(products: Sequence[Callable[[], object]]) -> Replay:
                 product()
     graph.replay()
     torch.cuda.synchronize()
-    return Replay(graph, rounds * len(products))
+    return Replay(graph, rounds * len(products), products)
 
 
 def in_turn(replays: Mapping[Name, Replay], repeats: int = 7) -> dict[Name, list[float]]:

@@ -1,15 +1,14 @@
 """GEMMs with warp MMAs (cuda/gemm_sm80.cuh), for every architecture since sm_80: their tiles, workspace and launch."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from atomcli.kernels.compiler import load_kernel, multiprocessors
-from atomcli.kernels.gemm import capture_id
 from atomcli.kernels.layouts import GemmWeight
 from atomcli.kernels.quantize import Operand
+from atomcli.kernels.workspace import workspace
 
 ROWS, CHANNELS = 64, 128  # of a block of weights
 INTEGERS = "gemm_w4_sm80.cu"
@@ -52,40 +51,6 @@ def tile(
     tiles = -(-row_groups * ROWS // rows) * -(-tokens // tile_tokens)
     splits = max(1, min(processors * 4 // tiles, blocks // 4)) if tokens <= 64 else 1
     return {**defines, "OUTPUT": output}, rows, splits
-
-
-class Workspace(NamedTuple):
-    """Where blocks that share a tile leave their sums: `partials` is scratch, `flags` is zero between launches."""
-
-    capture: int
-    partials: Tensor
-    flags: Tensor
-
-
-_workspaces: dict[tuple[int | None, int, str], Workspace] = {}
-
-
-def workspace(device: torch.device, name: str, partial_floats: int, flags: int) -> Workspace:
-    """The workspace of this kind on the current stream, whose kernels run one after another and may share it.
-
-    Each capture of a CUDA graph gets its own: a graph's memory must not depend on another's replay.
-    """
-    stream = torch.cuda.current_stream(device).cuda_stream
-    key, capture = (device.index, stream, name), capture_id(stream)
-    found = _workspaces.get(key)
-    if (
-        found is None
-        or found.capture != capture
-        or found.partials.numel() < partial_floats
-        or found.flags.numel() < flags
-    ):
-        found = Workspace(
-            capture,
-            torch.empty(partial_floats, dtype=torch.float32, device=device),
-            torch.zeros(flags, dtype=torch.int32, device=device),
-        )
-        _workspaces[key] = found
-    return found
 
 
 def launch(

@@ -116,7 +116,8 @@ class Weights(Numbers):
 
     `damping` is added to the Hessian's diagonal, relative to its mean or to each entry by itself. `token_weights`
     residual counts a token in the Hessians of o and down by 1 / the mean square of its residual stream, to which their
-    output is added: an error matters in proportion to what it is added to.
+    output is added: an error matters in proportion to what it is added to. After GPTQ, `sweeps` times over, every
+    code moves to where it serves best beside all others.
     """
 
     rounding: Literal["gptq", "rtn"] = "gptq"
@@ -124,6 +125,11 @@ class Weights(Numbers):
     damping: float = Field(default=0.01, gt=0, le=1)
     damping_rule: Literal["mean", "relative"] = "mean"
     token_weights: TokenWeights = "none"
+    sweeps: int = Field(default=0, ge=0, le=16)
+
+    def method(self) -> dict[str, Any]:
+        """What `algorithms.together.compensate` has to know besides formats."""
+        return {key: getattr(self, key) for key in ("clip", "damping", "damping_rule", "sweeps")}
 
     @field_validator("clip", mode="before")
     @classmethod
@@ -149,16 +155,18 @@ class Outliers(Section):
 
 
 class KVCache(Section):
-    """How the cache stores keys and values."""
+    """How the cache stores keys and values; see `formats.KVFormat`."""
 
     format: Literal["int4", "int8", "none"] = "none"
     position: Literal["before_rope", "after_rope"] = "after_rope"
     hadamard: bool = False
     bias_free: bool = True
+    centered: bool = False
 
     def to_format(self) -> KVFormat:
         """The same as a `formats.KVFormat`."""
-        return KVFormat("float" if self.format == "none" else self.format, self.position, self.hadamard, self.bias_free)
+        element = "float" if self.format == "none" else self.format
+        return KVFormat(element, self.position, self.hadamard, self.bias_free, self.centered)
 
 
 class Rule(Section):
@@ -367,7 +375,7 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
         )
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UsageError(f"the recipe {path} can't be read: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise UsageError(f"the recipe {path} is no mapping of keys to values", "see `atom recipes show atom-w4a4`")

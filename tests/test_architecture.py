@@ -23,7 +23,7 @@ MAY_USE = {
     "models": {"errors"},
     "checkpoint": {*GROUND, "units", "formats"},
     "text": {"errors", "checkpoint"},
-    "algorithms": {"errors", "formats"},
+    "algorithms": {"errors", "formats", "kernels"},
     "kernels": {"errors", "resources", "formats"},
     "runtime": {"errors", "formats", "models", "kernels"},
     "pipeline": {*GROUND, "formats", "models", "checkpoint", "text", "algorithms", "recipe", "runtime"},

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from atomcli.algorithms.clipping import Clip, choose_group_scales, choose_unit
-from atomcli.algorithms.panels import PANEL, run_panel
+from atomcli.algorithms.panels import PANEL, round_panel
 from atomcli.algorithms.rounding import round_outliers
 from atomcli.errors import RunError
 from atomcli.formats import grids, scales
-from atomcli.formats.grids import Grid
 from atomcli.formats.scheme import Scheme
 from atomcli.formats.weights import QuantizedWeight
 
@@ -25,26 +24,33 @@ DampingRule = Literal["mean", "relative"]
 _DEAD = 1e-6
 
 
+def damped(hessian: Tensor, damping: float = DAMPING, rule: DampingRule = "mean") -> Tensor:
+    """`hessian` (K, K) over the mean of its diagonal, with `damping` added to the diagonal.
+
+    Damping is relative to that mean, or with the rule "relative" to each entry, so that channels of little energy are
+    not drowned in it. A Hessian of nothing becomes the identity.
+    """
+    mean = hessian.diagonal().mean()
+    if not bool(mean > 0):
+        return torch.eye(hessian.shape[0], dtype=torch.float32, device=hessian.device)
+    out = hessian / mean
+    diagonal = out.diagonal()
+    diagonal.add_(damping if rule == "mean" else diagonal.clamp(min=_DEAD) * damping)
+    return out
+
+
 def error_factor(hessian: Tensor, damping: float = DAMPING, rule: DampingRule = "mean") -> Tensor:
     """The upper triangular U (K, K) with U^T U = (H + damping)^-1, whose row i says where column i's error goes.
 
-    hessian (K, K) fp32, symmetric. `damping` is relative to the mean of the diagonal, or with the rule "relative" to
-    each entry, so that channels of little energy are not drowned in it; it grows tenfold until the Cholesky
-    decomposition succeeds. Raises RunError when it never does, which takes a Hessian that is not finite.
+    hessian (K, K) fp32, symmetric, damped as by `damped`; the damping grows tenfold until the Cholesky decomposition
+    succeeds. Raises RunError when it never does, which takes a Hessian that is not finite.
     """
-    channels = hessian.shape[0]
-    identity = torch.eye(channels, dtype=torch.float32, device=hessian.device)
-    mean = hessian.diagonal().mean()
     if not bool(torch.isfinite(hessian).all()):
         raise RunError("a Hessian of the calibration inputs is not finite")
-    if not bool(mean > 0):
-        return identity
+    identity = torch.eye(hessian.shape[0], dtype=torch.float32, device=hessian.device)
     while damping <= 1e4:
-        damped = hessian / mean
-        diagonal = damped.diagonal()
-        diagonal.add_(damping if rule == "mean" else diagonal.clamp(min=_DEAD) * damping)
         # Decomposing the reversed matrix gives H = R R^T with R upper triangular, so U = R^-1 needs one solve.
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        lower, failed = torch.linalg.cholesky_ex(damped(hessian, damping, rule).flip(0, 1))
         if not bool(failed):
             factor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
             if bool(torch.isfinite(factor).all()):
@@ -80,21 +86,11 @@ def gptq(weight: Tensor, factor: Tensor, importance: Tensor, scheme: Scheme, cli
             stored.append(chosen)
             scale = scales.effective(chosen, format, unit)[:, 0]
         panel, local = columns[start:end].clone(), factor[start:end, start:end]
-        run_panel(_round_panel, format.grid, panel, codes[start:end], local, scale, grids.reciprocal(scale))
+        round_panel(format.grid, panel, codes[start:end], local, scale, grids.reciprocal(scale))
         columns[end:].addmm_(factor[start:end, end:].t(), panel, alpha=-1)
     outlier_codes, outlier_scale = round_outliers(columns[body:].t())
     group_scales = _join(stored) if stored else None
     return QuantizedWeight.from_codes(scheme, codes.t().contiguous(), group_scales, unit, outlier_codes, outlier_scale)
-
-
-def _round_panel(grid: Grid, panel: Tensor, codes: Tensor, local: Tensor, scale: Tensor, inverse: Tensor) -> None:
-    """Round the columns (c, N) of a panel one after the other; what is left in `panel` are their errors over U_ii."""
-    for i in range(panel.shape[0]):
-        column = panel[i]
-        codes[i] = grids.encode(column * inverse, grid)
-        column.addcmul_(grids.decode(codes[i], grid), scale, value=-1).div_(local[i, i])
-        if i + 1 < panel.shape[0]:
-            panel[i + 1 :].addr_(local[i, i + 1 :], column, alpha=-1)
 
 
 def _join(stored: list[Tensor]) -> Tensor:

@@ -9,13 +9,11 @@ import torch
 from torch import Tensor
 
 from atomcli.algorithms.clipping import Clip, choose_group_scales, choose_unit
+from atomcli.algorithms.panels import PANEL, round_panel
 from atomcli.formats import grids, scales
 from atomcli.formats.groups import expand, split
 from atomcli.formats.scheme import Scheme
 from atomcli.formats.weights import QuantizedWeight
-
-# Columns whose updates stay inside a cache-sized panel before they reach the rest of the matrix in one product.
-_PANEL = 128
 
 
 def descending_energy(hessian: Tensor) -> Tensor:
@@ -47,17 +45,10 @@ def gptq_in_order(
     scale = expand(scales.effective(stored, format, unit), channels, format.group).t()[order]
     inverse, columns = grids.reciprocal(scale), weight.t()[order]
     codes = torch.empty(channels, weight.shape[0], dtype=torch.int8, device=weight.device)
-    diagonal = factor.diagonal().tolist()
-    for start in range(0, channels, _PANEL):
-        end = min(start + _PANEL, channels)
+    for start in range(0, channels, PANEL):
+        end = min(start + PANEL, channels)
         panel, local = columns[start:end], factor[start:end, start:end]
-        for i, position in enumerate(range(start, end)):
-            column = panel[i]
-            codes[position] = grids.encode(column * inverse[position], format.grid)
-            value = grids.decode(codes[position], format.grid)
-            column.addcmul_(value, scale[position], value=-1).div_(diagonal[position])
-            if position + 1 < end:
-                panel[i + 1 :].addr_(local[i, i + 1 :], column, alpha=-1)
+        round_panel(format.grid, panel, codes[start:end], local, scale[start:end], inverse[start:end])
         columns[end:].addmm_(factor[start:end, end:].t(), panel, alpha=-1)
     natural = torch.empty_like(codes)
     natural[order] = codes

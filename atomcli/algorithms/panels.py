@@ -1,52 +1,52 @@
-"""Panels: runs of columns that are worked through one after the other, as one launch on a GPU.
+"""Panels: runs of columns that are rounded one after the other, each moving the ones after it.
 
-A column's turn is a handful of tiny operations, and a panel of 128 columns takes a thousand of them: on a GPU their
-launches cost far more than their work. There a panel is recorded once for its shapes as a CUDA graph and replayed.
+A column's turn is a handful of tiny operations, and a panel of 128 columns takes a thousand of them. On a GPU their
+launches would cost far more than their work, so there a kernel takes the whole panel. Panels (c, N) hold a column of
+the weight in each row.
 """
 
-from collections.abc import Callable
-from functools import lru_cache
-
-import torch
 from torch import Tensor
 
+from atomcli.formats import grids
 from atomcli.formats.grids import Grid
+from atomcli.kernels import columns
 
-# Columns whose updates stay inside a cache-sized panel before they reach the rest of the matrix in one product.
-PANEL = 128
-
-Work = Callable[..., None]
-"""A function of a grid and tensors that writes into its tensors, and whose operations depend on their shapes alone."""
+PANEL = columns.PANEL
+"""Columns whose updates stay inside a cache-sized panel before they reach the rest of the matrix in one product."""
 
 
-def run_panel(work: Work, grid: Grid, *tensors: Tensor) -> None:
-    """work(grid, *tensors), by replaying its recording where the tensors lie on a GPU."""
-    if not tensors[0].is_cuda:
-        work(grid, *tensors)
+def round_panel(grid: Grid, panel: Tensor, codes: Tensor, local: Tensor, scale: Tensor, inverse: Tensor) -> None:
+    """Round the columns of `panel` (c, N) fp32 into `codes` int8 (c, N); what is left there are their errors over U_ii.
+
+    local (c, c) is the panel's part of GPTQ's factor U. scale and its reciprocal, inverse: (N,) or (c, N).
+    """
+    if columns.usable(panel.device):
+        columns.round_panel(grid, panel, codes, local, scale, inverse)
         return
-    shapes = tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors)
-    graph, held = _recorded(work, grid, shapes, tensors[0].device)
-    for own, given in zip(held, tensors, strict=True):
-        own.copy_(given)
-    graph.replay()
-    for own, given in zip(held, tensors, strict=True):
-        given.copy_(own)
+    scale, inverse = scale.expand_as(panel), inverse.expand_as(panel)
+    diagonal = local.diagonal().tolist()
+    for i, column in enumerate(panel):
+        codes[i] = grids.encode(column * inverse[i], grid)
+        column.addcmul_(grids.decode(codes[i], grid), scale[i], value=-1).div_(diagonal[i])
+        if i + 1 < panel.shape[0]:
+            panel[i + 1 :].addr_(local[i, i + 1 :], column, alpha=-1)
 
 
-@lru_cache(maxsize=32)
-def _recorded(
-    work: Work, grid: Grid, shapes: tuple[tuple[tuple[int, ...], torch.dtype], ...], device: torch.device
-) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
-    """The recording of `work` and the tensors it works on."""
-    # A recording outlives the mode it was made in, and tensors of inference mode can't be written outside of it.
-    with torch.inference_mode(False), torch.no_grad():
-        held = tuple(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in shapes)
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            work(grid, *held)  # libraries set themselves up at their first call, which can't be recorded
-        torch.cuda.current_stream(device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            work(grid, *held)
-    return graph, held
+def move_panel(
+    grid: Grid, values: Tensor, codes: Tensor, gradient: Tensor, local: Tensor, scale: Tensor, inverse: Tensor
+) -> None:
+    """Move each column of `values` (c, N) fp32, and of `codes`, to where the error is least with all others held.
+
+    gradient (c, N): half that of the error by the values. local (c, c): the panel's part of the Hessian.
+    """
+    if columns.usable(values.device):
+        columns.move_panel(grid, values, codes, gradient, local, scale, inverse)
+        return
+    scale, inverse, gradient = scale.expand_as(values), inverse.expand_as(values), gradient.clone()
+    diagonal = local.diagonal().tolist()
+    for i, value in enumerate(values):
+        codes[i] = grids.encode((value - gradient[i] / diagonal[i]) * inverse[i], grid)
+        moved = grids.decode(codes[i], grid) * scale[i]
+        if i + 1 < values.shape[0]:
+            gradient[i + 1 :].addr_(local[i, i + 1 :], moved - value)
+        value.copy_(moved)

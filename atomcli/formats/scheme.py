@@ -175,8 +175,8 @@ class Scheme:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Scheme":
         """The scheme that `to_dict` wrote; InputError for anything else."""
-        data = dict(data)
         try:
+            data = dict(data)
             weights = WeightFormat(**data.pop("weights"))
             activations = ActivationFormat(**data.pop("activations"))
             return cls(weights, activations, **data)
@@ -186,12 +186,17 @@ class Scheme:
 
 @dataclass(frozen=True)
 class KVFormat:
-    """How keys and values are cached: asymmetric per token and head for int4 and int8, or as computed ("float")."""
+    """How keys and values are cached: asymmetric per token and head for int4 and int8, or as computed ("float").
+
+    centered: keys are stored without a vector of their head that calibration chose. What all keys of a head have in
+    common moves every logit of a query alike, and softmax does not see it: nothing has to be added back.
+    """
 
     element: Literal["int4", "int8", "float"] = "float"
     position: Literal["before_rope", "after_rope"] = "after_rope"
     hadamard: bool = False
     bias_free: bool = True
+    centered: bool = False
 
     def __post_init__(self) -> None:
         if self.element not in _KV_ELEMENTS or self.position not in _KV_POSITIONS:
@@ -201,6 +206,8 @@ class KVFormat:
             )
         if self.hadamard and self.position == "before_rope":
             raise UsageError("A Hadamard on keys is applied after RoPE; kv_cache.position must be after_rope.")
+        if self.centered and self.position == "before_rope":
+            raise UsageError("Keys are centered after RoPE; kv_cache.position must be after_rope.")
 
     def vector_bytes(self, head_dim: int, float_bytes: int = 2) -> int:
         """Bytes of one cached key or value, of one token and head, with its fp16 scale and minimum."""

@@ -34,6 +34,7 @@ from atomcli.pipeline.ranks import ALONE, Ranks
 from atomcli.pipeline.routing import Once, Routing, routing_of
 from atomcli.pipeline.stream import AtOnce, Stream, run
 from atomcli.recipe import Recipe
+from atomcli.runtime.attention import Attention
 from atomcli.runtime.decoder import build_block, embed, read_outer
 from atomcli.text import calibration_windows
 from atomcli.version import __version__
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
 SETTINGS = "calibration.json"
 TOKENS = "tokens.safetensors"
+KEYS = "keys"
 _AGAIN = "Calibrate again"
 _LOG = logging.getLogger("atomcli")
 
@@ -76,11 +78,18 @@ class Calibration:
         if wanted is not None and sha256_file(self.directory / name) != wanted:
             raise InputError(f"{self.directory / name} is damaged: its SHA-256 differs from what was written", _AGAIN)
         file = TensorFile(self.directory / _statistics_file(index))
-        sites = sorted({name.split(".")[0] for name in file.entries})
+        sites = sorted({name.split(".")[0] for name in file.entries} - {KEYS})
         fields = ("energy", "minimum", "maximum", "tokens")
         if lacking := sorted({f"{site}.{field}" for site in sites for field in fields} - file.entries.keys()):
             raise InputError(f"{file.path} lacks {lacking[0]}", "calibrate again")
         return {site: Statistics(*(file.read(f"{site}.{field}") for field in fields)) for site in sites}
+
+    def key_mean(self, index: int) -> Tensor:
+        """The mean key of each head of block `index` after RoPE, without bias, (kv_heads, head_dim) fp32."""
+        file = TensorFile(self.directory / _statistics_file(index))
+        if f"{KEYS}.mean" not in file.entries:
+            raise InputError(f"{file.path} lacks {KEYS}.mean, which a centered cache needs", "calibrate again")
+        return file.read(f"{KEYS}.mean")
 
 
 def tokens_for(source: Source, recipe: Recipe) -> Tensor:
@@ -151,6 +160,10 @@ def calibrate(
                 stream, record = _calibrate_block(walk, index, ahead.take(index), stream, directory, ranks)
                 ranks.wait()
                 if record is not None:
+                    if source.fingerprint() != identity["model"]:
+                        raise InputError(
+                            f"{source.name} changed while it was read", f"Delete {directory} and run again"
+                        )
                     journal.publish({"block": index, "file": record.file, "sha256": record.sha256})
                     _stream(walk, tokens, directory, index).path.unlink(missing_ok=True)
                 progress.advance(index + 1)
@@ -225,6 +238,10 @@ def _calibrate_block(
     block = build_block(walk.family, walk.config, index, tensors)
     after = Stream(stream.path.with_name(f"parent-{index + 1:05d}.stream"), stream.shape, stream.dtype)
     at_once = AtOnce(walk.sequences_at_once(stream.shape[1]))
+    attention = block.self_attn
+    assert isinstance(attention, Attention)
+    keys = _KeyMean(walk.config.num_key_value_heads, attention.head_dim, walk.device)
+    attention.key_observer = keys.add
     with _collecting(walk, block, index) as (collectors, routing):
         for rows, active in ranks.rounds(stream.shape[0]):
             routing.again(rows.start)
@@ -232,8 +249,9 @@ def _calibrate_block(
             after.part(rows).write(outputs, full_name(index, "").rstrip("."), sync=False)
             for collector in collectors.values():
                 collector.fold(ranks, active)
+            keys.fold(ranks, active)
     after.sync()
-    tensors = {}
+    tensors = {f"{KEYS}.mean": keys.result(stream.shape[0] * stream.shape[1])}
     for site, collector in collectors.items():
         for field, value in collector.result(ranks).items():
             tensors[f"{site}.{field}"] = value
@@ -278,6 +296,29 @@ class _Collector:
             "maximum": (maximum if seen else torch.zeros_like(maximum)).cpu(),
             "tokens": tokens,
         }
+
+
+class _KeyMean:
+    """Accumulates the mean key of each head over chunks."""
+
+    def __init__(self, kv_heads: int, head_dim: int, device: torch.device) -> None:
+        self.total = torch.zeros(kv_heads, head_dim, dtype=torch.float64, device=device)
+        self._part = torch.zeros_like(self.total)  # of the sequences since the last fold
+
+    def add(self, keys: Tensor) -> None:
+        """Keys (batch, kv_heads, tokens, head_dim)."""
+        # One sequence at a time, so that the sum doesn't depend on how many go through a block at once.
+        for sequence in keys:
+            self._part += sequence.double().sum(dim=1)
+
+    def fold(self, ranks: Ranks, active: int) -> None:
+        """Add the sums of a round to those of the rounds before, on the first process."""
+        ranks.fold(self.total if ranks.first else None, self._part, 0, active)
+        self._part.zero_()
+
+    def result(self, tokens: int) -> Tensor:
+        """The mean (kv_heads, head_dim) fp32 over all `tokens`; that of the first process is whole."""
+        return (self.total / tokens).float().cpu()
 
 
 @contextmanager

@@ -13,20 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from atomcli.algorithms.clipping import choose_unit
-from atomcli.algorithms.gptq import error_factor, gptq, relative_error
-from atomcli.algorithms.ordered import descending_energy, gptq_in_order
+from atomcli.algorithms.gptq import relative_error
 from atomcli.algorithms.outliers import energy_permutation, fold_into_heads, input_layout, needs_order
 from atomcli.algorithms.rotation import random_signs
 from atomcli.algorithms.rounding import round_to_nearest, unrounded
+from atomcli.algorithms.together import compensate
 from atomcli.errors import RunError
 from atomcli.formats.layout import InputLayout
-from atomcli.formats.scheme import Scheme
+from atomcli.formats.scheme import KVFormat, Scheme
 from atomcli.formats.weights import QuantizedWeight
-from atomcli.pipeline.calibrate import Statistics
+from atomcli.pipeline.calibrate import Calibration, Statistics
 from atomcli.pipeline.hessians import Hessian, Target, linear_in
 from atomcli.pipeline.model import Walk, full_name
 from atomcli.pipeline.select import Plan
 from atomcli.recipe import Order, Recipe
+from atomcli.runtime.attention import head_hadamard
 from atomcli.runtime.decoder import quantize_linear
 from atomcli.runtime.linear import QuantLinear
 
@@ -93,6 +94,19 @@ def input_ranges(walk: Walk, index: int, statistics: Mapping[str, Statistics]) -
     return ranges
 
 
+def cache_tensors(kv: KVFormat, artifact: Calibration, index: int, walk: Walk) -> dict[str, Tensor]:
+    """The tensors that block `index` needs for its cache's format, by their names in the block.
+
+    Raises InputError when the artifact lacks the statistics.
+    """
+    if not kv.centered or kv.element == "float":
+        return {}
+    center = artifact.key_mean(index)
+    if kv.hadamard:
+        center = head_hadamard(center)
+    return {"self_attn.key_center": center.to(walk.device, walk.source.dtype)}
+
+
 def site_layout(
     energy: Tensor, scheme: Scheme, index: int, site: str, transform_seed: int | None, order: Order = "energy"
 ) -> InputLayout:
@@ -150,7 +164,7 @@ def quantize_block(
             continue
         seen = hessians[position] if hessians is not None else None
         tokens, forced = (seen.tokens, seen.forced) if seen is not None else (0, 0)
-        hessian = factor = None
+        hessian = None
         if seen is not None:
             hessian = _enough(seen, (pooled or {}).get(target.site) if target.expert is not None else None)
             # Nobody needs this sum again, and a block's Hessians weigh more than its weights.
@@ -159,28 +173,20 @@ def quantize_block(
         else:
             importance = _spread_energy(target)
         natural = recipe.order == "natural" and target.scheme.weights.group is not None
-        order = descending_energy(hessian) if natural and hessian is not None else None
-        unit = _shared_unit(block, target, importance, recipe) if natural else None
-        for name in target.linears:
-            linear = linear_in(block, name)
-            weight = target.layout.apply(linear.weight)
-            if target.scheme.weights.element == "float":
-                quantized = unrounded(weight, target.scheme, linear.weight.dtype)
-            elif hessian is not None:
-                try:
-                    if factor is None:
-                        taken = hessian if order is None else hessian[order][:, order]
-                        factor = error_factor(taken, recipe.weights.damping, recipe.weights.damping_rule)
-                except RunError as failed:
-                    raise RunError(f"{full_name(index, name)}: {failed.what}", failed.hint) from failed
-                if order is None:
-                    quantized = gptq(weight, factor, importance, target.scheme, recipe.weights.clip)
-                else:
-                    quantized = gptq_in_order(
-                        weight, factor, order, importance, target.scheme, recipe.weights.clip, unit
-                    )
-            else:
-                quantized = round_to_nearest(weight, importance, target.scheme, recipe.weights.clip, unit)
+        linears = [linear_in(block, name) for name in target.linears]
+        weights = [target.layout.apply(linear.weight) for linear in linears]
+        if target.scheme.weights.element == "float":
+            chosen = [unrounded(weight, target.scheme, linears[0].weight.dtype) for weight in weights]
+        elif hessian is not None:
+            try:
+                chosen = compensate(weights, hessian, target.scheme, natural=natural, **recipe.weights.method())
+            except RunError as failed:
+                raise RunError(f"{full_name(index, target.linears[0])}: {failed.what}", failed.hint) from failed
+        else:
+            unit = _shared_unit(weights, target, importance, recipe) if natural else None
+            clip = recipe.weights.clip
+            chosen = [round_to_nearest(weight, importance, target.scheme, clip, unit) for weight in weights]
+        for name, linear, weight, quantized in zip(target.linears, linears, weights, chosen, strict=True):
             _check_finite(quantized, full_name(index, name))
             error = relative_error(weight, quantized.dequantize(), importance if hessian is None else hessian)
             outcomes.append(Outcome(name, error, tokens, forced if target.expert is not None else None))
@@ -188,15 +194,11 @@ def quantize_block(
     return outcomes
 
 
-def _shared_unit(block: nn.Module, target: Target, importance: Tensor, recipe: Recipe) -> Tensor | None:
+def _shared_unit(weights: Sequence[Tensor], target: Target, importance: Tensor, recipe: Recipe) -> Tensor | None:
     """The largest tensor scale (1,) of a target's linears: engines fuse them, and then have one; else None."""
     if target.scheme.weights.scale != "e4m3":
         return None
-    units = [
-        choose_unit(linear_in(block, name).weight.float(), importance, target.scheme.weights, recipe.weights.clip)
-        for name in target.linears
-    ]
-    return torch.stack([unit for unit in units if unit is not None]).amax(dim=0)
+    return choose_unit(torch.cat(list(weights)), importance, target.scheme.weights, recipe.weights.clip)
 
 
 def _enough(hessian: Hessian, pooled: Tensor | None) -> Tensor:

@@ -19,15 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from atomcli.checkpoint.writer import shard_file, write_shard
+from atomcli.errors import InputError, RunError
 from atomcli.models.tensors import block_name
 from atomcli.pipeline import check, pack
 from atomcli.pipeline.ahead import Ahead
 from atomcli.pipeline.calibrate import Calibration, Statistics, write_embedded
 from atomcli.pipeline.hessians import Hessian, InputsSeen, Target, pooled, watched
-from atomcli.pipeline.parameters import Outcome, fold, input_ranges, quantize_block, targets
+from atomcli.pipeline.parameters import Outcome, cache_tensors, fold, input_ranges, quantize_block, targets
 from atomcli.pipeline.ranks import Ranks, owners
 from atomcli.pipeline.shares import share_linears
-from atomcli.pipeline.stream import AtOnce, Stream, run
+from atomcli.pipeline.stream import AtOnce, Stream, is_out_of_memory, run
 from atomcli.runtime.decoder import build_block
 
 if TYPE_CHECKING:
@@ -109,7 +110,9 @@ class Road:
             )
         statistics = self.artifact.statistics(index)
         tensors, energies = fold(tensors, walk, index, self.plan, statistics, self.recipe.order)
-        block = build_block(walk.family, walk.config, index, tensors, self.recipe.kv_cache.to_format())
+        kv = self.recipe.kv_cache.to_format()
+        tensors |= cache_tensors(kv, self.artifact, index, walk)
+        block = build_block(walk.family, walk.config, index, tensors, kv)
         del tensors
         outcomes = self._quantize(block, index, energies, statistics, before)
         if self.with_hessians and index + 1 < walk.blocks:
@@ -145,6 +148,11 @@ class Road:
             record = write_shard(self.directory, shard_file(index), tensors)
             tensors.clear()
             ranks.await_all(where)
+            if self.walk.source.fingerprint() != journal.identity["model"]:
+                raise InputError(
+                    f"{self.walk.source.name} changed while it was read",
+                    f"Delete {self.directory} and run the command again",
+                )
             journal.publish({**step, "shard": record.to_dict()})
             before.remove()  # nobody needs the streams before a published block
 
@@ -174,7 +182,19 @@ class Road:
         if self.with_hessians and found:
             hessians = self._hessians(block, index, found, owned, statistics, before.calibration)
             together = pooled(found, hessians, owned, ranks)
-        outcomes = quantize_block(block, index, found, hessians, self.recipe, together, mine)
+        outcomes: list[Outcome] = []
+        try:
+            for done, place in enumerate(mine):
+                if hessians is not None:
+                    _make_room(hessians, mine[done:], walk.device)
+                outcomes += quantize_block(block, index, found, hessians, self.recipe, together, [place])
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise RunError(
+                f"Memory does not suffice to quantize {block_name(index)}",
+                "Take a larger machine; finished blocks are kept",
+            ) from error
         return share_linears(block, found, owned, outcomes, ranks)
 
     def _hessians(
@@ -235,6 +255,25 @@ class Road:
         if self.ranks.first:
             for stream in (streams.parent, streams.checkpoint):
                 write_embedded(self.walk, proof, stream, [range(proof.shape[0])])
+
+
+# GPTQ holds about so many matrices of a Hessian's size: the Hessian and its mirror, its factors, what they are made of.
+_WORKSPACE = 7
+
+
+def _make_room(hessians: list[Hessian | None], waiting: list[int], device: torch.device) -> None:
+    """Bring the first waiting Hessian to the device; those after it go to the host where the GPU lacks room for both."""
+    if device.type != "cuda":
+        return
+    first, *others = (hessians[place] for place in waiting)
+    assert first is not None
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    for other in reversed(others):
+        if other is not None and other.total.is_cuda and free < _WORKSPACE * first.total.nbytes:
+            free += other.total.nbytes
+            other.total = other.total.cpu()
+    first.total = first.total.to(device)
 
 
 def _cost(block: nn.Module, target: Target) -> float:

@@ -24,9 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from atomcli.algorithms.gptq import error_factor, gptq
+from atomcli.algorithms.gptq import error_factor
 from atomcli.algorithms.rounding import round_to_nearest, unrounded
 from atomcli.algorithms.sensitivity import Inputs, Sensitivities, Sensitivity, in_layout, output_errors
+from atomcli.algorithms.together import compensate
 from atomcli.checkpoint.files import read_json, write_json
 from atomcli.errors import InputError
 from atomcli.formats.layout import InputLayout
@@ -37,7 +38,7 @@ from atomcli.pipeline.check import check_tokens
 from atomcli.pipeline.hessians import Hessian, linear_in
 from atomcli.pipeline.journal import clear, locked
 from atomcli.pipeline.model import Walk, full_name
-from atomcli.pipeline.parameters import site_layout
+from atomcli.pipeline.parameters import cache_tensors, site_layout
 from atomcli.pipeline.progress import Progress, Silent
 from atomcli.pipeline.residual import residual_weights
 from atomcli.pipeline.select import Group
@@ -83,7 +84,9 @@ def _identity(recipe: Recipe, artifact: Calibration, groups: Sequence[Group]) ->
     return {
         "atom": __version__,
         "artifact": artifact.identity,
-        "weights": {key: getattr(recipe.weights, key) for key in ("rounding", "clip", "damping", "damping_rule")},
+        "weights": {
+            key: getattr(recipe.weights, key) for key in ("rounding", "clip", "damping", "damping_rule", "sweeps")
+        },
         "transform_seed": recipe.transform_seed,
         "order": recipe.order,
         "kv_cache": recipe.kv_cache.model_dump(mode="json"),
@@ -188,7 +191,8 @@ def _block(
     """Carry all streams through block `index`; returns the errors of its groups' candidates."""
     tensors = {name: tensor.float() for name, tensor in walk.read(index).items()}
     block = build_block(walk.family, walk.config, index, tensors)
-    cached = build_block(walk.family, walk.config, index, tensors, recipe.kv_cache.to_format())
+    kv = recipe.kv_cache.to_format()
+    cached = build_block(walk.family, walk.config, index, tensors | cache_tensors(kv, artifact, index, walk), kv)
     with _inputs(walk, block, index) as inputs:
         _advance(walk, block, index, before.samples, after.samples)
         inputs.proof = True
@@ -323,20 +327,21 @@ class _Judged:
         for site, expert in self.parts:
             inputs = self.inputs.of(site.name, expert)
             layout = self._layout(site, scheme)
-            factor = None if inputs is None else self._factor(inputs, site, scheme)
-            importance = (
-                self.energies[site.name].new_ones(layout.in_features, dtype=torch.float32)
-                if inputs is None
-                else in_layout(inputs.hessian, layout).diagonal().clone()
-            )
-            for name, weight in zip(site.of_expert(expert or 0), self._weights(site, expert), strict=True):
-                transformed, clip = layout.apply(weight), self.recipe.weights.clip
-                if scheme.weights.element == "float":
-                    quantized = unrounded(transformed, scheme, torch.float32)
-                elif factor is not None:
-                    quantized = gptq(transformed, factor, importance, scheme, clip)
-                else:
-                    quantized = round_to_nearest(transformed, importance, scheme, clip)
+            names = site.of_expert(expert or 0)
+            weights = [layout.apply(weight) for weight in self._weights(site, expert)]
+            if scheme.weights.element == "float":
+                together = [unrounded(weight, scheme, torch.float32) for weight in weights]
+            elif inputs is not None and self.recipe.weights.rounding == "gptq":
+                together = compensate(
+                    weights, in_layout(inputs.hessian, layout), scheme, **self.recipe.weights.method()
+                )
+            else:
+                importance = weights[0].new_ones(layout.in_features)
+                if inputs is not None:
+                    importance = in_layout(inputs.hessian, layout).diagonal().clone()
+                clip = self.recipe.weights.clip
+                together = [round_to_nearest(weight, importance, scheme, clip) for weight in weights]
+            for name, quantized in zip(names, together, strict=True):
                 linears[name] = QuantLinear.from_weight(quantized, layout, linear_in(self.block, name).bias)
         return linears
 

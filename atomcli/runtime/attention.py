@@ -5,6 +5,7 @@ value, both without their projections' biases. What is attended to is computed f
 a cache, so that the two give the same numbers.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,6 +28,9 @@ from atomcli.runtime.paged_cache import PagedLayer, paged_layer
 class Attention(nn.Module):
     """Self-attention over projections, head norms and scaling taken from transformers' own module.
 
+    `key_center` (kv_heads, head_dim) is what a centered cache stores keys without, in the basis of the cache.
+    `key_observer` gets the keys after RoPE without their bias, (batch, kv_heads, tokens, head_dim).
+
     Raises UnsupportedError for a format that would multiply a key bias by a Hadamard: the bias towers over what the
     keys say, and 4 bits then hold little but the bias.
     """
@@ -36,6 +40,7 @@ class Attention(nn.Module):
     k_proj: nn.Linear | QuantLinear
     v_proj: nn.Linear | QuantLinear
     o_proj: nn.Linear | QuantLinear
+    key_center: Tensor | None
 
     def __init__(self, original: Any, kv: KVFormat) -> None:
         super().__init__()
@@ -48,6 +53,11 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = getattr(original, "q_norm", None), getattr(original, "k_norm", None)
         self.kv = kv
         self._check(kv)
+        self.key_observer: Callable[[Tensor], None] | None = None
+        weight, center = original.k_proj.weight, None
+        if kv.centered and kv.element != "float":
+            center = weight.new_empty(weight.shape[0] // self.head_dim, self.head_dim)
+        self.register_buffer("key_center", center)
 
     def _check(self, kv: KVFormat) -> None:
         if kv.element == "float" or self.k_proj.bias is None:
@@ -79,13 +89,18 @@ class Attention(nn.Module):
         quantized = self.kv.element != "float"
         keep_bias = not (quantized and self.kv.bias_free)
         query = rotate(self._heads(self.q_proj(hidden_states), self.q_norm), cos, sin)
+        if self.key_observer is not None:
+            observed = self._heads(_project(self.k_proj, hidden_states, False), self.k_norm)
+            self.key_observer(rotate(observed, cos, sin))
         key = self._heads(_project(self.k_proj, hidden_states, keep_bias), self.k_norm)
         value = self._heads(_project(self.v_proj, hidden_states, keep_bias))
         if quantized:
             if self.kv.position == "after_rope":
                 key = rotate(key, cos, sin)
             if self.kv.hadamard:
-                query, key = self._hadamard(query).to(query.dtype), self._hadamard(key)
+                query, key = head_hadamard(query).to(query.dtype), head_hadamard(key)
+            if self.key_center is not None:
+                key = key.float() - self.key_center[:, None].float()
             key, value = self._stored(key, value, cos, sin, past_key_values, hidden_states.dtype)
         else:
             key = rotate(key, cos, sin)
@@ -108,7 +123,7 @@ class Attention(nn.Module):
 
     def _pages(self, cache: Cache | None, x: Tensor) -> PagedLayer | None:
         """This layer's pages where kernels store and read them, else None."""
-        if cache is None or self.kv.element == "float":
+        if cache is None or self.kv.element == "float" or self.key_observer is not None or self.key_center is not None:
             return None
         if self.head_dim % 32:  # no page is made for it
             return None
@@ -166,9 +181,6 @@ class Attention(nn.Module):
         x = x.view(*x.shape[:-1], -1, self.head_dim)
         return (x if norm is None else norm(x)).transpose(1, 2)
 
-    def _hadamard(self, x: Tensor) -> Tensor:
-        return apply_hadamard(x, hadamard_sizes(self.head_dim, 1 << (self.head_dim.bit_length() - 1)))
-
     def _stored(
         self, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
@@ -201,7 +213,13 @@ class Attention(nn.Module):
         if bias is None:
             return key
         bias = rotate(bias, cos.float(), sin.float())
-        return key + (self._hadamard(bias) if self.kv.hadamard else bias)
+        return key + (head_hadamard(bias) if self.kv.hadamard else bias)
+
+
+def head_hadamard(x: Tensor) -> Tensor:
+    """x (..., head_dim) times the orthonormal Hadamard that keys are cached in, fp32."""
+    head_dim = x.shape[-1]
+    return apply_hadamard(x, hadamard_sizes(head_dim, 1 << (head_dim.bit_length() - 1)))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -117,7 +117,8 @@ class QuantLinear(nn.Module):
             dtype=weight.codes.dtype if weight.scheme.weights.element == "float" else torch.bfloat16,
             device="meta",
         )
-        tensors = dict(weight.tensors())
+        # A parameter of the model that was not rounded would become a parameter of this layer.
+        tensors = {name: tensor.detach() for name, tensor in weight.tensors().items()}
         if layout.permutation is not None:
             tensors["permutation"] = layout.permutation.to(permutation_dtype(columns))
         if layout.signs is not None:

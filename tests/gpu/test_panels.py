@@ -1,4 +1,4 @@
-"""Replayed panels compute what their operations compute one by one."""
+"""Panels in one kernel compute what their operations compute one by one."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def test_a_gpu_rounds_as_the_cpu_does(format):
     expected = gptq(weight, factor, hessian.diagonal(), scheme, "search")
     with torch.inference_mode():
         gptq(weight.cuda(), factor.cuda(), hessian.diagonal().cuda(), scheme, "search")
-    for _ in range(2):  # the first call of a shape records, the second replays
+    for _ in range(2):
         found = gptq(weight.cuda(), factor.cuda(), hessian.diagonal().cuda(), scheme, "search")
         different = (found.body_codes().cpu() != expected.body_codes()).float().mean()
         assert different < 0.01, "only ties may fall differently"

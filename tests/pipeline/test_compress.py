@@ -11,6 +11,7 @@ import atomcli.pipeline.finish as ending
 from atomcli.checkpoint.source import open_source
 from atomcli.checkpoint.verify import verify_checkpoint
 from atomcli.errors import InputError, RunError, UnsupportedError, UsageError
+from atomcli.formats.scheme import KVFormat
 from atomcli.pipeline import check
 from atomcli.pipeline.calibrate import calibrate
 from atomcli.pipeline.compress import compress
@@ -90,7 +91,7 @@ def test_the_report_and_the_config_agree(parent, tokens, tmp_path):
     report = compress(parent(), small_recipe(), tmp_path / "out", tokens=tokens, device="cpu")
     assert json.loads((tmp_path / "out" / "atom_report.json").read_text()) == json.loads(json.dumps(report))
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
-    assert config["kv_cache"] == {"element": "int4", "position": "after_rope", "hadamard": True, "bias_free": True}
+    assert config["kv_cache"] == KVFormat("int4", "after_rope", True, True).to_dict()
     for row in report["layers"]:
         assert config["linears"][row["linear"]]["scheme"] == row["scheme"]
     assert report["parent"]["fingerprint"] == parent().fingerprint()

@@ -1,5 +1,6 @@
 """Attention over a quantized cache: the same numbers with and without one, and really 4 bits in it."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,10 +8,11 @@ import torch
 from transformers import StaticCache
 from transformers.cache_utils import DynamicCache
 
-from atomcli.errors import UnsupportedError
-from atomcli.formats.kv import quantize_kv
+from atomcli.errors import UnsupportedError, UsageError
+from atomcli.formats.kv import dequantize_kv, quantize_kv
 from atomcli.formats.scheme import KVFormat
 from atomcli.runtime import decoder
+from atomcli.runtime.attention import head_hadamard
 from atomcli.runtime.cache import QuantizedKVLayer, cache_bytes
 from tests.helpers.tiny import NAMES, random_parent, random_tokens
 
@@ -205,3 +207,55 @@ def test_stored_values_are_those_of_the_format() -> None:
     assert torch.equal(layer.values, codes)
     assert torch.equal(layer.value_scale, scale)
     assert torch.equal(layer.value_minimum, minimum)
+
+
+def centered(model: Any, spread: float = 1.0) -> Any:
+    """The model with a centered cache, whose centers are anything."""
+    generator = torch.Generator().manual_seed(0)
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        attention.kv = replace(attention.kv, centered=True)
+        shape = (attention.k_proj.out_features // attention.head_dim, attention.head_dim)
+        attention.key_center = torch.randn(shape, generator=generator, dtype=torch.float64) * spread
+    return model
+
+
+@pytest.mark.parametrize("name", ["llama_biased", "qwen3"])
+def test_softmax_does_not_see_the_center(name: str) -> None:
+    """In 8 bits a small center moves next to nothing, although no key is given it back, with a cache and without."""
+    tokens = random_tokens(2, 14)
+    with torch.no_grad():
+        expected = model_with(name, FORMATS["int8"])(tokens, use_cache=False).logits[:, 4:]
+        model = centered(model_with(name, FORMATS["int8"]), 0.1)
+        found = model(tokens, use_cache=False).logits[:, 4:]
+        torch.testing.assert_close(found, expected, rtol=0, atol=0.1 * float(expected.std()))
+        cached = cached_tail(model, tokens, 5, DynamicCache(config=model.config))
+        torch.testing.assert_close(cached, found, rtol=1e-4, atol=1e-4)
+
+
+def test_the_center_is_what_is_not_stored() -> None:
+    """Keys that all lie around one far vector lose nothing of what tells them apart."""
+    model = model_with("llama", FORMATS["product"])
+    attention = model.model.layers[0].self_attn
+    seen: list[torch.Tensor] = []
+    attention.key_observer = seen.append
+    tokens = random_tokens(2, 30)
+    with torch.no_grad():
+        plain = model(tokens, use_cache=False).logits
+        mean = seen[0].mean(dim=(0, 2))
+        assert mean.shape == (attention.k_proj.out_features // attention.head_dim, attention.head_dim)
+        keys = head_hadamard(seen[0].double())
+        attention.kv = replace(attention.kv, centered=True)
+        attention.key_center = head_hadamard(mean)
+        cache = DynamicCache(config=model.config)
+        model(tokens, past_key_values=cache, use_cache=True)
+    layer: Any = cache.layers[0]
+    stored = dequantize_kv(layer.keys, layer.key_scale, layer.key_minimum, "int4")
+    assert float((stored.mean(dim=(0, 2)) - 0).abs().max()) < 0.2 * float(keys.std())
+    assert torch.allclose(stored + attention.key_center[:, None], keys.float(), atol=float(keys.std()))
+    assert plain.shape == (2, 30, model.config.vocab_size)
+
+
+def test_keys_before_rope_have_no_center() -> None:
+    with pytest.raises(UsageError, match="after RoPE"):
+        KVFormat("int4", "before_rope", centered=True)

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -91,7 +92,7 @@ def run_peer(peer: Peer, python: Path, job: Job, directory: Path) -> None:
     job.write(request)
     driver = f"atomcli.benchmarks.drivers.{_DRIVERS[peer.library]}"
     # -P: what lies in the current directory is nobody's module.
-    with log.open("ab") as out:
+    with log.open("wb") as out:
         done = subprocess.run(
             [str(python), "-P", "-m", driver, str(request)],
             env={**os.environ, **_import_path(directory)},
@@ -100,7 +101,7 @@ def run_peer(peer: Peer, python: Path, job: Job, directory: Path) -> None:
             stderr=subprocess.STDOUT,
         )
     if done.returncode:
-        raise RunError(f"{_last_words(log) or f'exit code {done.returncode}'}", f"all that it said is in {log}")
+        raise RunError(f"exit code {done.returncode}, {_last_words(log)}", f"All that it said is in {log}")
 
 
 def _import_path(directory: Path) -> Mapping[str, str]:
@@ -114,5 +115,7 @@ def _import_path(directory: Path) -> Mapping[str, str]:
 
 
 def _last_words(log: Path) -> str:
+    """The error that a traceback ends with, else the last line."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return lines[-1][:200] if lines else ""
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
+    return (errors or lines or [""])[-1][:200]

@@ -15,21 +15,18 @@ from atomcli.cli.together import meeting
 @command
 def calibrate(
     model: options.Model,
+    *,
     recipe: options.RecipeOption = "atom-w4a4",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="DIR", help="Where to write (default: MODEL-calibration).")
     ] = None,
-    dataset: options.Dataset = None,
-    samples: options.Samples = None,
-    sequence_length: options.SequenceLength = None,
-    seed: options.Seed = None,
+    text: options.Text,
     device: options.Device = None,
 ) -> None:
     """Save a model's statistics for later runs.
 
     Text is streamed through MODEL once; `atom quantize --calibration DIR` then starts from the result.
     """
-    text = {"dataset": dataset, "samples": samples, "sequence_length": sequence_length, "seed": seed}
     resolved = options.resolve(recipe, **text)
     out = output or options.default_output(model, "calibration")
     log.to_file("calibrate")

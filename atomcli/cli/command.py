@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from atomcli.cli import log
+from atomcli.cli import log, options
 from atomcli.cli.console import console
 from atomcli.errors import AtomError
 
@@ -31,7 +31,8 @@ def configure(*, as_json: bool, quiet: bool, no_color: bool, debug: bool) -> Non
 
 def command(function: Callable[..., Any]) -> Callable[..., Any]:
     """Makes a typer command of `function`: adds the common options and turns every failure into its exit code."""
-    signature = inspect.signature(function, eval_str=True)
+    function = options.expand(function)
+    signature = inspect.signature(function)
     common = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
         for name, annotation in _COMMON.items()

@@ -1,7 +1,15 @@
-"""The options by which `plan`, `calibrate` and `quantize` change a recipe, each for the key of the same meaning."""
+"""The options by which commands change a recipe, each for the key of the same meaning, and the sets they come in.
 
+A command that takes a set has one parameter for it: `numbers: options.Numbers` becomes --bits, --group, … in the help,
+and the function gets what was given as one dictionary.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -47,6 +55,69 @@ Candidates = Annotated[
     typer.Option("--candidate", metavar="SCHEME", help="What a budget may choose (repeat it): w4a8, w4a8-o64, w16a16."),
 ]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one).")]
+
+
+@dataclass(frozen=True)
+class Several:
+    """In the annotation of a parameter: the options, by the names of their values, that stand in its place."""
+
+    options: dict[str, Any]
+
+
+Numbers = Annotated[
+    dict[str, Any],
+    Several(
+        {
+            "bits": Bits,
+            "group": Group,
+            "outliers": Outliers,
+            "kv_cache": KVCache,
+            "rounding": Rounding,
+            "clip": Clip,
+            "transform": Transform,
+        }
+    ),
+]
+Text = Annotated[
+    dict[str, Any],
+    Several({"dataset": Dataset, "samples": Samples, "sequence_length": SequenceLength, "seed": Seed}),
+]
+Budget = Annotated[
+    dict[str, Any],
+    Several(
+        {
+            "bits_per_weight": BitsPerWeight,
+            "memory": Memory,
+            "max_kld": MaxKLD,
+            "latency": Latency,
+            "costs": Costs,
+            "candidates": Candidates,
+        }
+    ),
+]
+
+
+def expand(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with every parameter that stands for several options replaced by them, each None by default."""
+    signature = inspect.signature(function, eval_str=True)
+    sets: dict[str, dict[str, Any]] = {}
+    parameters = []
+    for parameter in signature.parameters.values():
+        given = [each for each in get_args(parameter.annotation)[1:] if isinstance(each, Several)]
+        if given:
+            sets[parameter.name] = given[0].options
+        for name, annotation in given[0].options.items() if given else ():
+            parameters.append(parameter.replace(name=name, annotation=annotation, default=None))
+        if not given:
+            parameters.append(parameter)
+
+    @functools.wraps(function)
+    def run(**arguments: Any) -> Any:
+        collected = {key: {name: arguments.pop(name) for name in options} for key, options in sets.items()}
+        return function(**arguments, **collected)
+
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return run
 
 
 def default_output(model: str, suffix: str) -> Path:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 @command
 def plan(
     model: options.Model,
+    *,
     recipe: options.RecipeOption = "atom-w4a4",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Save the plan for `atom quantize --plan`.")
@@ -29,26 +30,12 @@ def plan(
         Path | None,
         typer.Option("--calibration", metavar="DIR", help="What `atom calibrate` wrote; sensitivities are kept there."),
     ] = None,
-    bits_per_weight: options.BitsPerWeight = None,
-    memory: options.Memory = None,
-    max_kld: options.MaxKLD = None,
-    latency: options.Latency = None,
-    costs: options.Costs = None,
-    candidate: options.Candidates = None,
+    goal: options.Budget,
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="PNG", help="Draw the frontier (needs matplotlib).")
     ] = None,
-    bits: options.Bits = None,
-    group: options.Group = None,
-    outliers: options.Outliers = None,
-    kv_cache: options.KVCache = None,
-    rounding: options.Rounding = None,
-    clip: options.Clip = None,
-    transform: options.Transform = None,
-    dataset: options.Dataset = None,
-    samples: options.Samples = None,
-    sequence_length: options.SequenceLength = None,
-    seed: options.Seed = None,
+    numbers: options.Numbers,
+    text: options.Text,
     device: options.Device = None,
 ) -> None:
     """Show what a recipe or a budget would make of a model.
@@ -56,26 +43,7 @@ def plan(
     With a budget, sensitivities are measured on calibration text and kept, so that the next plan is free. Without a
     budget and without --calibration only sizes are shown.
     """
-    resolved = options.resolve(
-        recipe,
-        bits=bits,
-        group=group,
-        outliers=outliers,
-        kv_cache=kv_cache,
-        rounding=rounding,
-        clip=clip,
-        transform=transform,
-        dataset=dataset,
-        samples=samples,
-        sequence_length=sequence_length,
-        seed=seed,
-        bits_per_weight=bits_per_weight,
-        memory=memory,
-        max_kld=max_kld,
-        latency=latency,
-        costs=costs,
-        candidates=candidate,
-    )
+    resolved = options.resolve(recipe, **numbers, **text, **goal)
     if plot is not None:
         if resolved.select is None and calibration is None:
             raise UsageError(
@@ -85,12 +53,15 @@ def plan(
     log.to_file("plan")
     from atomcli.checkpoint.source import open_source
     from atomcli.pipeline import budget
+    from atomcli.pipeline.calibrate import open_calibration
     from atomcli.pipeline.model import start_walk
     from atomcli.pipeline.select import groups_of, save_plan, select, uniform
 
     source = open_source(model)
     walk = start_walk(source, device)
-    if calibration is None and resolved.select is not None:
+    if calibration is not None:
+        open_calibration(calibration, source)  # a mistyped name is no reason to calibrate
+    elif resolved.select is not None:
         calibration = options.default_output(model, "calibration")
     groups = groups_of(resolved, walk)
     budget.refuse_out_of_reach(resolved, walk, groups)
@@ -116,13 +87,7 @@ def plan(
     if output is not None:
         same = options.flags(
             recipe=recipe,
-            bits=bits,
-            group=group,
-            outliers=outliers,
-            kv_cache=kv_cache,
-            rounding=rounding,
-            clip=clip,
-            transform=transform,
+            **numbers,
             calibration=calibration,
             plan=output,
         )

@@ -20,6 +20,7 @@ from atomcli.units import byte_count, duration
 @reportable
 def quantize(
     model: options.Model,
+    *,
     recipe: options.RecipeOption = "atom-w4a4",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="OUT", help="Where to write (default: MODEL-RECIPE here).")
@@ -27,23 +28,9 @@ def quantize(
     calibration: Annotated[
         Path | None, typer.Option("--calibration", metavar="DIR", help="What `atom calibrate` wrote.")
     ] = None,
-    bits: options.Bits = None,
-    group: options.Group = None,
-    outliers: options.Outliers = None,
-    kv_cache: options.KVCache = None,
-    rounding: options.Rounding = None,
-    clip: options.Clip = None,
-    transform: options.Transform = None,
-    dataset: options.Dataset = None,
-    samples: options.Samples = None,
-    sequence_length: options.SequenceLength = None,
-    seed: options.Seed = None,
-    bits_per_weight: options.BitsPerWeight = None,
-    memory: options.Memory = None,
-    max_kld: options.MaxKLD = None,
-    latency: options.Latency = None,
-    costs: options.Costs = None,
-    candidate: options.Candidates = None,
+    numbers: options.Numbers,
+    text: options.Text,
+    goal: options.Budget,
     plan: Annotated[Path | None, typer.Option("--plan", metavar="FILE", help="What `atom plan -o` wrote.")] = None,
     device: options.Device = None,
     force: Annotated[
@@ -55,35 +42,11 @@ def quantize(
 
     Calibrates first when no --calibration is given. Interrupted, the same command continues where it stopped.
     """
-    if plan is not None:
-        for option, value in (
-            ("--bits-per-weight", bits_per_weight),
-            ("--memory", memory),
-            ("--max-kld", max_kld),
-            ("--latency", latency),
-        ):
-            if value is not None:
-                raise UsageError(f"{option} is a budget, and --plan has a scheme for every layer", "leave one away")
-    resolved = options.resolve(
-        recipe,
-        bits=bits,
-        group=group,
-        outliers=outliers,
-        kv_cache=kv_cache,
-        rounding=rounding,
-        clip=clip,
-        transform=transform,
-        dataset=dataset,
-        samples=samples,
-        sequence_length=sequence_length,
-        seed=seed,
-        bits_per_weight=bits_per_weight,
-        memory=memory,
-        max_kld=max_kld,
-        latency=latency,
-        costs=costs,
-        candidates=candidate,
-    )
+    from atomcli.recipe import BUDGETS
+
+    if plan is not None and (given := options.flags(**{name: goal[name] for name in BUDGETS})):
+        raise UsageError(f"{given[0]} is a budget, and --plan has a scheme for every layer", "Leave one away")
+    resolved = options.resolve(recipe, **numbers, **text, **goal)
     from atomcli.checkpoint.contents import is_checkpoint
     from atomcli.checkpoint.writer import refuse_occupied
 

@@ -19,6 +19,7 @@ from atomcli.errors import InputError
 from atomcli.evaluation.perplexity import TokenPerplexity, _exp, from_window_means
 from atomcli.evaluation.scoring import (
     Progress,
+    check_context,
     check_finite,
     check_windows,
     chunk_rows,
@@ -84,6 +85,7 @@ def record(model: Any, windows: Tensor, progress: Progress | None = None) -> Rec
     """The model's predictions on windows (n, length), small enough to keep while another model is loaded."""
     head = head_of(model)
     check_windows(windows, vocabulary_of(head))
+    check_context(model, windows.shape[1])
     hidden = []
     for index, window in enumerate(windows):
         hidden.append(final_hidden(model, window).cpu())
@@ -116,6 +118,9 @@ def divergence(
     if isinstance(parent, Recording) and not torch.equal(parent.windows, windows):
         raise InputError("the parent was recorded on other windows than the checkpoint is measured on")
     check_windows(windows, vocabulary)
+    for model in (parent, checkpoint):
+        if not isinstance(model, Recording):
+            check_context(model, windows.shape[1])
     scores = []
     for index, window in enumerate(windows):
         parent_hidden = parent.hidden[index] if isinstance(parent, Recording) else final_hidden(parent, window)

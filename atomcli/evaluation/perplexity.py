@@ -19,6 +19,7 @@ from torch import Tensor
 from atomcli.errors import InputError
 from atomcli.evaluation.scoring import (
     Progress,
+    check_context,
     check_finite,
     check_windows,
     final_hidden,
@@ -79,6 +80,7 @@ def token_perplexity(model: Any, windows: Tensor, name: str = "", progress: Prog
     """Token perplexity of a causal LM over windows (n, length) of token ids; `progress` is called after each window."""
     head = head_of(model)
     check_windows(windows, vocabulary_of(head))
+    check_context(model, windows.shape[1])
     means = []
     for index, window in enumerate(windows):
         hidden = final_hidden(model, window)
@@ -119,6 +121,7 @@ def word_perplexity(
     task scores page by page after detokenising: for that number run the task). Raises InputError for an empty text.
     """
     head = head_of(model)
+    check_context(model, window)
     tokens, words = _tokens_and_words(text, tokenizer, window * limit if limit else None)
     check_windows(torch.stack([tokens.max(), tokens.min()])[None], vocabulary_of(head))
     pairs = rolling_windows(tokens, _first_token(tokenizer), window)

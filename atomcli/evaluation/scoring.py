@@ -80,6 +80,16 @@ def check_windows(windows: Tensor, vocabulary: int) -> None:
         )
 
 
+def check_context(model: Any, length: int) -> None:
+    """InputError when windows of `length` tokens are longer than what the model was made for."""
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and length > context:
+        raise InputError(
+            f"Windows of {length} tokens are longer than the {context} that the model reads",
+            f"Give --window-length {context} or less",
+        )
+
+
 def check_finite(value: float, what: str) -> float:
     """`value`, or RunError when the model put out NaN or Inf somewhere on the way to it."""
     if not math.isfinite(value):

@@ -98,3 +98,11 @@ def test_the_frontier_as_a_plot(atom, tiny_model, calibrated, tmp_path):
     assert atom(*command).code == 2
     assert atom(*command, *calibrated).code == 0
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_calibration_that_is_not_there_is_no_reason_to_make_one(atom, tiny_model, text_options, tmp_path):
+    mistyped = tmp_path / "calibratoin"
+    outcome = atom("plan", tiny_model, "--calibration", mistyped, *text_options, "--bits-per-weight", 7)
+    assert outcome.code == 1
+    assert f"{mistyped} is no calibration" in outcome.err
+    assert not [*tmp_path.iterdir()]

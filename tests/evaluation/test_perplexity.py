@@ -9,6 +9,7 @@ import torch
 
 from atomcli.errors import InputError, RunError, UnsupportedError
 from atomcli.evaluation import scoring
+from atomcli.evaluation.divergence import divergence, record
 from atomcli.evaluation.perplexity import rolling_windows, token_perplexity, word_perplexity
 from atomcli.text import Text
 
@@ -125,3 +126,19 @@ def test_rolling_windows_score_each_token_once() -> None:
     for inputs, targets in pairs:
         assert len(inputs) == 10
         assert torch.equal(inputs[-len(targets) :] + 1, targets)  # each target from the token before it
+
+
+def test_windows_longer_than_the_model_reads_are_refused(tiny_model: Any, word_tokenizer: Any) -> None:
+    longer = torch.zeros(1, 257, dtype=torch.int64)
+    for measure in (
+        lambda: token_perplexity(tiny_model, longer),
+        lambda: record(tiny_model, longer),
+        lambda: divergence(record(tiny_model, longer[:, 1:]), tiny_model, longer),
+        lambda: divergence(tiny_model, tiny_model, longer),
+        lambda: word_perplexity(tiny_model, word_tokenizer, Text("text", "w1 w2 w3"), window=257),
+    ):
+        with pytest.raises(InputError):
+            measure()
+    with pytest.raises(InputError, match="257 tokens are longer than the 256"):
+        token_perplexity(tiny_model, longer)
+    assert token_perplexity(tiny_model, longer[:, 1:]).windows == 1

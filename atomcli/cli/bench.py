@@ -17,7 +17,7 @@ Form = Annotated[Literal["md", "csv", "json"], typer.Option("--format", help="Ho
 
 
 Checkpoint = Annotated[
-    str | None, typer.Argument(metavar="[CHECKPOINT]", help="A checkpoint of atom, or any MODEL.", show_default=False)
+    str | None, typer.Argument(metavar="CHECKPOINT", help="A checkpoint of atom, or any MODEL.", show_default=False)
 ]
 Against = Annotated[str | None, typer.Option("--against", metavar="PARENT", help="The model to compare with.")]
 ModelShape = Annotated[

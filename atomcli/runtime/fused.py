@@ -97,11 +97,11 @@ class FusedModel:
 
     def new_pools(self, pages: int) -> list[Tensor]:
         """Pages for keys and values, a pool for each block: uint8 (pages, kv_heads, bytes)."""
-        return [self.format.allocate(pages, self.kv_heads, self.device) for _ in self.blocks]
+        return [block.format.allocate(pages, self.kv_heads, self.device) for block in self.blocks]
 
     def pool_bytes(self, pages: int) -> int:
         """Bytes of `new_pools`."""
-        return pages * self.kv_heads * self.format.bytes * len(self.blocks)
+        return pages * self.kv_heads * sum(block.format.bytes for block in self.blocks)
 
     def step(self, positions: Tensor, slots: Tensor, page_table: Tensor, lengths: Tensor, **more: Any) -> Step:
         """The step of tokens at `positions` int64 (T,); the other arguments as in `Step`."""
@@ -133,6 +133,11 @@ class FusedBlock:
         rope: tuple[Tensor, Tensor],
     ) -> None:
         layer: Attention = block.self_attn
+        if layer.key_center is not None:
+            raise UnsupportedError(
+                "The runtime's pages can't hold keys without their center (kv_cache.centered)",
+                "Run the model through transformers.",
+            )
         kv, self.head_dim, self.scaling = layer.kv, layer.head_dim, layer.scaling
         self.format = page_format(kv.element, self.head_dim, dtype)
         self.heads = layer.q_proj.out_features // self.head_dim

@@ -63,15 +63,24 @@ def require_room(model: FusedModel, batch: int, context: int, budget: int | None
     """Pages for `batch` sequences of `context` tokens; RunError names the batch and the context that would fit."""
     if batch < 1 or context < 1:
         raise UsageError(f"A cache is for at least one sequence of one token, not {batch} of {context}")
-    page, budget = model.format.page, free_bytes(model) if budget is None else budget
-    each = -(-context // page)
-    fitting = fitting_pages(model, budget)
-    if batch * each <= fitting:
-        return batch * each
-    sequences, tokens = fitting // each, fitting // batch * page
+    pages = batch * -(-context // model.format.page)
+    require_pages(model, pages, batch, context, budget)
+    return pages
+
+
+def require_pages(model: FusedModel, pages: int, batch: int, context: int, budget: int | None = None) -> None:
+    """Raise RunError when `pages` pages, for `batch` sequences of `context` tokens, take more than `budget` bytes.
+
+    The budget is the memory that is free on the model's device where it is None.
+    """
+    budget = free_bytes(model) if budget is None else budget
+    fitting, page = fitting_pages(model, budget), model.format.page
+    if pages <= fitting:
+        return
+    sequences, tokens = fitting // -(-context // page), fitting // batch * page
     fits = [f"{sequences} × {context}"] * (sequences > 0) + [f"{batch} × {tokens}"] * (tokens > 0)
     raise RunError(
-        f"A cache of {batch} × {context} tokens takes {model.pool_bytes(batch * each) / 1e9:.3g} GB; "
+        f"A cache of {pages * page} tokens takes {model.pool_bytes(pages) / 1e9:.3g} GB; "
         f"{budget / 1e9:.3g} GB are free",
-        f"{' or '.join(fits)} would fit." if fits else "Not even one page fits: the weights leave no room.",
+        f"{' or '.join(fits)} tokens would fit." if fits else "Not even one page fits: the weights leave no room.",
     )

@@ -23,7 +23,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise UsageError(
-                f"temperature is at least 0 and top_p lies in (0, 1], not {self.temperature} and {self.top_p}"
+                f"Temperature is at least 0 and top_p lies in (0, 1], not {self.temperature} and {self.top_p}"
             )
 
 

@@ -13,9 +13,8 @@ import torch
 from atomcli.errors import InputError, RunError
 from atomcli.runtime.decoding import DecodeRows
 from atomcli.runtime.fused import FusedModel
-from atomcli.runtime.pages import Pages
+from atomcli.runtime.pages import Pages, require_pages
 from atomcli.runtime.sampling import GREEDY, Sampling, sample
-
 
 _GROWTH = 4  # a newcomer leaves one free page for this many sequences
 
@@ -60,12 +59,13 @@ class Server:
     """Serves requests from `pages` pages to at most `rows` sequences at a time.
 
     `context` bounds a request's tokens, the model's positions where it is None; `chunk` is how many prompt tokens are
-    computed between two decode steps.
+    computed between two decode steps. Raises RunError for more pages than there is memory.
     """
 
     def __init__(self, model: FusedModel, pages: int, rows: int, context: int | None = None, chunk: int = 2048) -> None:
         self.model, self.rows, self.chunk = model, rows, chunk
         self.context = min(context or model.context, model.context)
+        require_pages(model, pages, rows, self.context)
         self.pages = Pages(pages, model.format.page)
         self.pools = model.new_pools(pages)
         self.decoding = DecodeRows(model, self.pools, rows, self.pages.needed(self.context))

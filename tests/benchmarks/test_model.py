@@ -140,7 +140,7 @@ def test_a_cache_that_does_not_fit_names_what_would(monkeypatch: pytest.MonkeyPa
     rows = bench_model([System("one", make_model)], [2, 8], [100], new_tokens=28, repeats=1)
     assert rows[0].measures["decode"] is not None
     assert rows[1].measures["decode"] is None
-    assert rows[1].note.endswith("2 × 128 would fit.")
+    assert rows[1].note.endswith("2 × 128 tokens would fit.")
 
 
 @pytest.mark.parametrize(

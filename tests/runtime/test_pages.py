@@ -14,7 +14,7 @@ def test_too_small_a_card_names_what_fits() -> None:
     assert require_room(model, 2, 128, 4 * page) == 4
     with pytest.raises(RunError) as raised:
         require_room(model, 3, 256, 9 * page)
-    assert raised.value.hint == "2 × 256 or 3 × 192 would fit."
+    assert raised.value.hint == "2 × 256 or 3 × 192 tokens would fit."
     with pytest.raises(RunError) as raised:
         require_room(model, 1, 64, page - 1)
     assert "leave no room" in str(raised.value.hint)

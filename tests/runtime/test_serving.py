@@ -135,3 +135,11 @@ def test_idle_rows_store_nothing_and_change_nobody(model: FusedModel) -> None:
     assert again.logits is not None
     for pool in pools:
         assert (pool[:2] == 7).all()
+
+
+def test_more_pages_than_memory_are_refused(model: FusedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("atomcli.runtime.pages.free_bytes", lambda model: 5 * model.pool_bytes(1))
+    with pytest.raises(RunError, match="A cache of 512 tokens takes") as raised:
+        Server(model, 8, 4, context=128)
+    assert raised.value.hint == "2 × 128 or 4 × 64 tokens would fit."
+    Server(model, 5, 4, context=128)

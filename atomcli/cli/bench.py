@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from atomcli.cli import evaluate, options
+from atomcli.cli import evaluate, options, serving
 from atomcli.cli.command import command
 from atomcli.cli.console import console
 from atomcli.cli.reports import reportable
@@ -61,7 +61,7 @@ def model(
             repeats=repeats,
             progress=progress.counter("bench", "setting"),
         )
-    _show(rows, form)
+    show(rows, form)
 
 
 @app.command("serve")
@@ -95,7 +95,7 @@ def serve(
     with Progress() as progress:
         seen = progress.counter("bench", "setting")
         rows = bench_serve(named, memory or [24.0], reserve or None, seconds=seconds, progress=seen)
-    _show(rows, form)
+    show(rows, form)
 
 
 @app.command("gemm")
@@ -135,7 +135,7 @@ def gemm(
         rows = bench.run(
             shapes, tokens or BATCH_SIZES, schemes, peers=peers, repeats=repeats, tune_first=tune, progress=seen
         )
-    _show(rows, form)
+    show(rows, form)
 
 
 @app.command("accuracy")
@@ -200,7 +200,7 @@ def accuracy(
     chosen, pythons = choose_peers(peer), parse_pythons(peer_python or [])
     check_models([str(path) for path in checkpoint or []], device)
     source = open_source(model)
-    console.after_interruption = "rows that are done are kept: the same command continues"
+    console.after_interruption = "Rows that are done are kept: the same command continues"
     with Progress() as progress:
         trial = bench.Trial(
             source=source,
@@ -213,7 +213,7 @@ def accuracy(
             device=str(choose_device(device)),
         )
         rows = bench.leaderboard(trial, recipes, checkpoint or [], chosen, pythons, progress)
-    _show(rows, form)
+    show(rows, form)
 
 
 def _shape(text: str) -> tuple[int, int]:
@@ -226,7 +226,11 @@ def _shape(text: str) -> tuple[int, int]:
     return int(parts[0]), int(parts[1])
 
 
-def _show(rows: Sequence[Any], form: Literal["md", "csv", "json"]) -> None:
+app.command("vllm")(serving.vllm)
+
+
+def show(rows: Sequence[Any], form: Literal["md", "csv", "json"]) -> None:
+    """The rows as the command's result."""
     import json
 
     from atomcli.benchmarks.report import environment, render, to_json

@@ -268,8 +268,8 @@ def identity(tokens: int, half: int, device: torch.device) -> Rope:
     """The rotation that changes nothing, for as many tokens as a batch can have; shared by all layers."""
     key = tokens, half, device
     if key not in _IDENTITIES:
-        kind = {"dtype": torch.float32, "device": device}
-        _IDENTITIES[key] = torch.ones(tokens, half, **kind), torch.zeros(tokens, half, **kind)  # type: ignore[arg-type]
+        cos = torch.ones(tokens, half, dtype=torch.float32, device=device)
+        _IDENTITIES[key] = cos, torch.zeros_like(cos)
     return _IDENTITIES[key]
 
 

@@ -24,6 +24,7 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from atomcli.errors import InputError, UnsupportedError
 from atomcli.formats.scheme import Scheme
+from atomcli.formats.weights import tensor_layout
 from atomcli.integrations.vllm.dummy import fill
 from atomcli.integrations.vllm.sharding import Part, column_part, slice_operand, split_rows, tensor_part
 from atomcli.kernels import dispatch, quantize, reference
@@ -73,6 +74,13 @@ class Shard:
         tensors = {name: tensor for name, tensor in self.module.state_dict().items() if name != "bias"}
         return {name.removeprefix(WHOLE): tensor for name, tensor in tensors.items()}
 
+    def stored(self) -> dict[str, torch.dtype]:
+        """The tensors of the linear in the checkpoint, those included of which this rank holds nothing."""
+        own = {name: tensor.dtype for name, tensor in self.tensors().items()}
+        if self.scheme is None:
+            return own
+        return own | {spec.suffix: spec.dtype for spec in tensor_layout(self.scheme, 1, self.in_features)}
+
 
 class AtomLinearMethod(LinearMethodBase):
     """The linears of an atom checkpoint; `names` are those of the layer's projections in the checkpoint."""
@@ -103,8 +111,8 @@ class AtomLinearMethod(LinearMethodBase):
                 shards.append(self._column_shard(name, scheme, input_size, bounds, params_dtype, device))
         layer.atom_shards = shards
         # A slot per kind of tensor lets vLLM's loader find a parameter of that name; the tensors lie in the shards.
-        for suffix, tensor in {suffix: t for shard in shards for suffix, t in shard.tensors().items()}.items():
-            slot = nn.Parameter(torch.empty(0, dtype=tensor.dtype), requires_grad=False)
+        for suffix, dtype in {suffix: dtype for shard in shards for suffix, dtype in shard.stored().items()}.items():
+            slot = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
             set_weight_attrs(slot, {"weight_loader": partial(_load, shards, suffix)})
             layer.register_parameter(suffix, slot)
         layer.register_buffer("atom_handle", torch.zeros(1, dtype=torch.int8), persistent=False)

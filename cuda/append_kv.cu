@@ -1,5 +1,6 @@
 // New tokens enter a paged cache: RoPE and Hadamard on queries and keys, quantization by the rules of formats/kv.py and
-// kernels/pages.py, bit for bit, and the write into the page. A warp takes one vector: lane l has channels l, l + 32, ...
+// kernels/pages.py, bit for bit, and the write into the page. A warp takes VECTORS heads of a token, of queries,
+// keys and values in this order: lane l has channels l, l + 32, ... of each.
 //
 // Arithmetic that decides a code is written with rounding intrinsics: a contraction to FMA would move codes.
 
@@ -9,15 +10,16 @@
 using Input = INPUT;  // bf16, fp16 or float
 constexpr bool rotates_keys = ROTATE_KEYS, has_hadamard = HADAMARD;
 constexpr int warps = WARPS;
+constexpr int vectors = VECTORS;
 constexpr int values_per_lane = head_dim / 32;
+constexpr int half = head_dim / 2;
 constexpr unsigned all_lanes = 0xFFFFFFFFu;
 
 using Values = float[values_per_lane];
 
 // RoPE pairs channel i with i + head_dim / 2: another value of the lane, or, where half a head is no multiple of 32
 // channels, one of the lane 16 further.
-INLINE void rotate(Values& values, const float* cos, const float* sin) {
-    constexpr int half = head_dim / 2;
+INLINE void rotate(Values& values, const Values& cos, const Values& sin) {
     const int lane = threadIdx.x % 32;
     Values partner;
     if constexpr (half % 32 == 0) {
@@ -34,9 +36,8 @@ INLINE void rotate(Values& values, const float* cos, const float* sin) {
     }
 #pragma unroll
     for (int k = 0; k < values_per_lane; ++k) {
-        const int channel = k * 32 + lane, pair = channel < half ? channel : channel - half;
-        const float own = __fmul_rn(values[k], cos[pair]), other = __fmul_rn(partner[k], sin[pair]);
-        values[k] = channel < half ? __fsub_rn(own, other) : __fadd_rn(own, other);
+        const float own = __fmul_rn(values[k], cos[k]), other = __fmul_rn(partner[k], sin[k]);
+        values[k] = k * 32 + lane < half ? __fsub_rn(own, other) : __fadd_rn(own, other);
     }
 }
 
@@ -131,24 +132,40 @@ append_kv(uint8* pool, const Input* query, const Input* key, const Input* value,
           const long long* slots, Input* rotated, int heads, int kv_heads, int query_stride, int key_stride, int value_stride) {
     allow_next_kernel();
     wait_for_previous_kernel();
-    const int token = blockIdx.x, vector = blockIdx.y * warps + threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (vector >= heads + 2 * kv_heads) return;
-    const long long slot = slots[token];
-    const bool is_query = vector < heads, is_value = vector >= heads + kv_heads;
-    if (!is_query && slot < 0) return;
-    const int head = is_query ? vector : (vector - heads) % kv_heads;
-    const Input* from = is_query ? query + static_cast<long long>(token) * query_stride
-                                 : is_value ? value + static_cast<long long>(token) * value_stride : key + static_cast<long long>(token) * key_stride;
-    Values values;
+    const long long token = blockIdx.x, slot = slots[token];
+    const int first = (blockIdx.y * warps + threadIdx.x / 32) * vectors, lane = threadIdx.x % 32, all = heads + 2 * kv_heads;
+    if (first >= all) return;
+    Values values[vectors], cosine, sine;
 #pragma unroll
-    for (int k = 0; k < values_per_lane; ++k) values[k] = to_float(from[head * head_dim + k * 32 + lane]);
-    if (is_query || (rotates_keys && !is_value)) rotate(values, cos + static_cast<long long>(token) * (head_dim / 2), sin + static_cast<long long>(token) * (head_dim / 2));
-    if (has_hadamard && !is_value) hadamard(values);
-    if (is_query) {
-        Input* to = rotated + (static_cast<long long>(token) * heads + head) * head_dim;
+    for (int v = 0; v < vectors; ++v) {
+        const int vector = min(first + v, all - 1);
+        const Input* from = vector < heads ? query + token * query_stride + vector * head_dim
+                            : vector < heads + kv_heads ? key + token * key_stride + (vector - heads) * head_dim
+                                                        : value + token * value_stride + (vector - heads - kv_heads) * head_dim;
 #pragma unroll
-        for (int k = 0; k < values_per_lane; ++k) to[k * 32 + lane] = from_float<Input>(values[k]);
-        return;
+        for (int k = 0; k < values_per_lane; ++k) values[v][k] = to_float(from[k * 32 + lane]);
     }
-    store(pool + (slot / page_tokens * kv_heads + head) * page_bytes, static_cast<int>(slot % page_tokens), is_value, encode(values));
+#pragma unroll
+    for (int k = 0; k < values_per_lane; ++k) {
+        const int pair = k * 32 + lane < half ? k * 32 + lane : k * 32 + lane - half;
+        cosine[k] = cos[token * half + pair];
+        sine[k] = sin[token * half + pair];
+    }
+    uint8* page = pool + slot / page_tokens * kv_heads * page_bytes;
+    const int offset = static_cast<int>(slot % page_tokens);
+#pragma unroll
+    for (int v = 0; v < vectors; ++v) {
+        const int vector = first + v;
+        const bool is_query = vector < heads, is_value = vector >= heads + kv_heads;
+        if (vector >= all || (!is_query && slot < 0)) return;
+        if (is_query || (rotates_keys && !is_value)) rotate(values[v], cosine, sine);
+        if (has_hadamard && !is_value) hadamard(values[v]);
+        if (is_query) {
+            Input* to = rotated + (token * heads + vector) * head_dim;
+#pragma unroll
+            for (int k = 0; k < values_per_lane; ++k) to[k * 32 + lane] = from_float<Input>(values[v][k]);
+        } else {
+            store(page + (vector - heads) % kv_heads * page_bytes, offset, is_value, encode(values[v]));
+        }
+    }
 }

@@ -47,7 +47,7 @@ def append(
         if tensor.shape != (tokens, head_dim // 2) or tensor.dtype != torch.float32:
             raise UnsupportedError(f"{name} must be fp32 {(tokens, head_dim // 2)}, not {tuple(tensor.shape)}.")
     if slots.shape != (tokens,) or slots.dtype != torch.int64:
-        raise UnsupportedError(f"slots must be int64 ({tokens},), not {slots.dtype} {tuple(slots.shape)}.")
+        raise UnsupportedError(f"Slots must be int64 ({tokens},), not {slots.dtype} {tuple(slots.shape)}.")
     rotated = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     torch.ops.atom.kv_append(
         pool, fmt.element, fmt.page, query, key, value, cos, sin, slots, hadamard, rotate_keys, rotated
@@ -208,7 +208,8 @@ def _decode(
     if why_not(fmt, device, query.dtype, key_bias is not None, keys_rotated) is None:
         attention_launch.launch_decode(
             attention_launch.load_on(device), query, pool, fmt, page_table, lengths, scaling, window, value_bias, out,
-            processors=compiler.multiprocessors(device), shared_limit=attention_launch.SHARED_LIMITS[compiler.architecture(device)],
+            processors=compiler.multiprocessors(device),
+            shared_limit=attention_launch.SHARED_LIMITS[compiler.architecture(device)],
         )  # fmt: skip
         return
     rope = None if cos is None or sin is None else (cos, sin)
@@ -224,7 +225,15 @@ def _prefill(
     scaling: float, window: int | None, key_bias: Tensor | None, value_bias: Tensor | None, cos: Tensor | None,
     sin: Tensor | None, hadamard: bool, keys_rotated: bool, out: Tensor,
 ) -> None:  # fmt: skip
-    fmt = _format(element, query.shape[2], page)
+    fmt, device = _format(element, query.shape[2], page), query.device
+    if not len(query):
+        return
+    if why_not(fmt, device, query.dtype, key_bias is not None, keys_rotated) is None:
+        attention_launch.launch_prefill(
+            attention_launch.load_on(device), query, pool, fmt, page_table, query_starts, lengths, scaling, window,
+            value_bias, out, shared_limit=attention_launch.SHARED_LIMITS[compiler.architecture(device)],
+        )  # fmt: skip
+        return
     rope = None if cos is None or sin is None else (cos, sin)
     reference.attend(
         query, pool, fmt, page_table, query_starts, lengths, scaling, window, key_bias, value_bias, rope, hadamard,

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from atomcli.kernels import compiler
 from atomcli.kernels.pages import PageFormat
-from atomcli.kernels.warp_gemm import workspace
+from atomcli.kernels.workspace import workspace
 
-DECODE, APPEND = "attention_decode", "append_kv"  # cuda/<name>.cu, and the entry in it
+DECODE, PREFILL, APPEND = "attention_decode", "attention_prefill", "append_kv"  # cuda/<name>.cu, and the entry in it
 INPUTS = {torch.float32: "float", torch.float16: "fp16", torch.bfloat16: "bf16"}
 QUERIES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 HEAD_DIMS = (64, 96, 128, 256)
@@ -23,6 +23,7 @@ SHARED_LIMITS = {
     "100a": 227 << 10,
     "120a": 99 << 10,
 }
+FEW_TOKENS = 256  # up to this many, a warp appends one head
 NO_WINDOW = (1 << 31) - 1
 LOG2_E = 1.4426950408889634
 
@@ -76,7 +77,7 @@ def plan_decode(fmt: PageFormat, dtype: torch.dtype, group: int, shared_limit: i
     chunk = 32 if fmt.code_bytes <= 64 else 16
     blocks = 4 if tiles == 1 and fmt.head_dim <= 128 else 2
     columns = 8 * tiles
-    queries = columns * (fmt.head_dim * 2 + 8)
+    queries = columns * (fmt.head_dim * 2 + 4)
     records = WARPS * columns * (fmt.head_dim + 2) * 4
     stages = 3
     while stages > 2 and queries + WARPS * stages * chunk * fmt.bytes_per_token > shared_limit:
@@ -123,11 +124,65 @@ def launch_decode(
     )  # fmt: skip
 
 
+# ---------------------------------------------------------------------------------------------- prefill
+
+
+class PrefillPlan(NamedTuple):
+    """One compiled prefill kernel: its defines, columns of a block (a query of a token is one), shared memory."""
+
+    defines: dict[str, int | str]
+    columns: int
+    shared_bytes: int
+
+
+def plan_prefill(fmt: PageFormat, dtype: torch.dtype, shared_limit: int) -> PrefillPlan:
+    """The kernel whose warps have 16 columns each, over a ring of three chunks; up to 12 warps fit an SM's registers."""
+    tiles = 2
+    chunk = 64 if fmt.code_bytes <= 64 else 32 if fmt.code_bytes <= 256 else 16
+    columns = WARPS * 8 * tiles
+    queries = columns * (fmt.head_dim * 2 + 4)
+    stages = 3
+    while stages > 2 and queries + stages * chunk * fmt.bytes_per_token > shared_limit:
+        stages -= 1
+    defines: dict[str, int | str] = {
+        "ELEMENT": fmt.element.upper(),
+        "HEAD_DIM": fmt.head_dim,
+        "PAGE": fmt.page,
+        "QUERY": QUERIES[dtype],
+        "QUERY_TILES": tiles,
+        "CHUNK": chunk,
+        "STEP": 16,
+        "WARPS": WARPS,
+        "STAGES": stages,
+        "BLOCKS_PER_SM": 3 if fmt.element == "int4" and fmt.head_dim <= 128 else 2,
+    }
+    return PrefillPlan(defines, columns, queries + stages * chunk * fmt.bytes_per_token)
+
+
+def launch_prefill(
+    load: Loader, query: Tensor, pool: Tensor, fmt: PageFormat, page_table: Tensor, query_starts: Tensor,
+    lengths: Tensor, scaling: float, window: int | None, value_bias: Tensor | None, out: Tensor, *, shared_limit: int,
+) -> None:  # fmt: skip
+    """Enqueue the prefill kernel: a block for every `columns` queries of a sequence, as many as there could be."""
+    query = _dense_heads(query)
+    (tokens, heads, _), kv_heads, sequences = query.shape, pool.shape[1], len(lengths)
+    plan = plan_prefill(fmt, query.dtype, shared_limit)
+    queries = plan.columns // (heads // kv_heads)
+    blocks = -(-tokens // queries) + min(sequences, tokens) - 1
+    load(PREFILL, plan.defines, plan.shared_bytes).launch(
+        (blocks, kv_heads), WARPS * 32, query, pool, page_table, query_starts, lengths, value_bias, out, sequences,
+        heads, kv_heads, page_table.shape[1], query.stride(0), NO_WINDOW if window is None else window,
+        scaling * LOG2_E, overlap=True,
+    )  # fmt: skip
+
+
 # ----------------------------------------------------------------------------------------------- append
 
 
-def append_defines(fmt: PageFormat, dtype: torch.dtype, hadamard: bool, rotate_keys: bool) -> dict[str, int | str]:
-    """What is compiled into the append kernel."""
+def append_defines(
+    fmt: PageFormat, dtype: torch.dtype, hadamard: bool, rotate_keys: bool, vectors: int = 1
+) -> dict[str, int | str]:
+    """What is compiled into the append kernel, whose warps take `vectors` heads of a token each."""
     return {
         "ELEMENT": fmt.element.upper(),
         "HEAD_DIM": fmt.head_dim,
@@ -136,6 +191,7 @@ def append_defines(fmt: PageFormat, dtype: torch.dtype, hadamard: bool, rotate_k
         "HADAMARD": int(hadamard),
         "ROTATE_KEYS": int(rotate_keys),
         "WARPS": WARPS,
+        "VECTORS": vectors,
     }
 
 
@@ -143,11 +199,12 @@ def launch_append(
     load: Loader, pool: Tensor, fmt: PageFormat, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor,
     slots: Tensor, hadamard: bool, rotate_keys: bool, rotated: Tensor,
 ) -> None:  # fmt: skip
-    """Enqueue the append kernel: a warp for each vector of each token."""
+    """Enqueue the append kernel: a warp for each head of a few tokens, or for several heads of many."""
     (tokens, heads, _), kv_heads = query.shape, pool.shape[1]
     query, key, value = (_dense_heads(x) for x in (query, key, value))
-    load(APPEND, append_defines(fmt, query.dtype, hadamard, rotate_keys), 0).launch(
-        (tokens, -(-(heads + 2 * kv_heads) // WARPS)), WARPS * 32, pool, query, key, value, cos, sin, slots, rotated,
+    vectors = 1 if tokens <= FEW_TOKENS else 4 if fmt.head_dim <= 128 else 2
+    load(APPEND, append_defines(fmt, query.dtype, hadamard, rotate_keys, vectors), 0).launch(
+        (tokens, -(-(heads + 2 * kv_heads) // (WARPS * vectors))), WARPS * 32, pool, query, key, value, cos, sin, slots, rotated,
         heads, kv_heads, query.stride(0), key.stride(0), value.stride(0), overlap=True,
     )  # fmt: skip
 

@@ -156,6 +156,7 @@ inline unsigned __reduce_min_sync(unsigned, unsigned value) {
   return unsigned(*std::min_element(values, values + host::warp_size()));
 }
 template <class T> T __shfl_sync(unsigned, T value, int lane) { return host::taken<T>(host::share(value)[lane]); }
+template <class T> T __shfl_up_sync(unsigned, T value, int distance) { return host::taken<T>(host::share(value)[max(0, (int)host::lane() - distance)]); }
 inline int __any_sync(unsigned, int predicate) {
   const uint64_t* votes = host::share(predicate != 0);
   return std::any_of(votes, votes + host::warp_size(), [](uint64_t vote) { return vote != 0; });

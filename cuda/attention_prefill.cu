@@ -1,0 +1,259 @@
+// Many queries of each sequence attend to a paged cache, causally. A block serves one KV head and WARPS * columns pairs of a
+// token and one of the heads that share the KV head; keys and values come once for all of them through a ring in shared
+// memory, still as codes, and each warp unpacks them for its own columns. A tile of tokens that a warp's queries do not
+// see is passed over.
+
+#include "attention_tiles.cuh"
+#include "chain.cuh"
+
+using Query = QUERY;  // bf16 or fp16
+
+constexpr int warps = WARPS;
+constexpr int threads = warps * 32;
+constexpr int stages = STAGES;
+constexpr int chunk_tokens = CHUNK;
+constexpr int step_tokens = STEP;  // worked on at a time
+constexpr int token_tiles = step_tokens / 16;
+constexpr int codes_bytes = chunk_tokens * row_bytes;
+constexpr int stage_bytes = 2 * codes_bytes + chunk_tokens * number_bytes;
+constexpr int warp_bytes = columns * head_dim * 2;  // queries as fragments, and results on their way out
+
+extern __shared__ __align__(1024) uint8 shared_bytes[];
+
+// Some queries of a sequence: `queries` of them, whose first is the sequence's query number `first`.
+struct Work {
+    int sequence, first, queries, start, length;
+
+    // The position of the sequence's query number `query`.
+    INLINE int position(int query) const { return length - queries + query; }
+};
+
+// Work number `index`, where each sequence is cut into blocks of `block_queries`; sequence -1 if there is none.
+INLINE Work find_work(const int* starts, const int* lengths, int sequences, int block_queries, int index) {
+    const int lane = threadIdx.x % 32;
+    for (int base = 0; base < sequences; base += 32) {
+        const int sequence = base + lane;
+        const int queries = sequence < sequences ? starts[sequence + 1] - starts[sequence] : 0;
+        const int blocks = (queries + block_queries - 1) / block_queries;
+        int until = blocks;
+#pragma unroll
+        for (int distance = 1; distance < 32; distance *= 2) {
+            const int before = __shfl_up_sync(all_lanes, until, distance);
+            if (lane >= distance) until += before;
+        }
+        int found = index >= until - blocks && index < until ? lane : -1;
+        for (int distance = 16; distance; distance /= 2) found = max(found, __shfl_xor_sync(all_lanes, found, distance));
+        if (found >= 0) {
+            const int before = __shfl_sync(all_lanes, until - blocks, found), all = __shfl_sync(all_lanes, queries, found);
+            return {base + found, (index - before) * block_queries, all, starts[base + found], lengths[base + found]};
+        }
+        index -= __shfl_sync(all_lanes, until, 31);
+    }
+    return {-1, 0, 0, 0, 0};
+}
+
+// A warp's queries: few columns as fragments in registers, many in shared memory, in the order in which its lanes read
+// them; and what each lane's two columns of a tile may see: tokens up to `last`.
+constexpr bool in_registers = query_tiles * head_dim <= 256;
+
+struct Queries {
+    uint32 pairs[in_registers ? query_tiles : 1][channel_pairs];
+    const uint2* fragments;
+    float slope, offsets[query_tiles][2];  // what sums of codes and minima are multiplied with for a base-2 score
+    int last[query_tiles][2];
+
+    INLINE uint2 fragment(int t, int j) const {
+        if constexpr (in_registers) return make_uint2(pairs[t][j], pairs[t][j + 1]);
+        else return fragments[(t * (channel_pairs / 2) + j / 2) * 32 + threadIdx.x % 32];
+    }
+};
+
+// The columns of a block: the queries that share the KV head of the first token, of the second, ...
+struct Columns {
+    const Work& work;
+    int group, block_queries;
+
+    INLINE int head(int column) const { return column % group; }
+    // The sequence's query number, or -1 for a column that has none.
+    INLINE int query(int column) const {
+        const int number = work.first + column / group;
+        return number < work.queries && column / group < block_queries ? number : -1;
+    }
+};
+
+INLINE void load_queries(Queries& queries, uint8* shared, float* sums, const Query* query, int stride, const Columns& all, float scaling) {
+    const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4, first_column = threadIdx.x / 32 * columns;
+    uint16* rows = reinterpret_cast<uint16*>(shared);
+#pragma unroll 8
+    for (int column = 0; column < columns; ++column) {
+        const int number = all.query(first_column + column);
+        const Query* row = query + static_cast<long long>(all.work.start + max(number, 0)) * stride + all.head(first_column + column) * head_dim;
+        const float sum = stage_query(rows + column * head_dim, row, number >= 0);
+        if (lane == 0) sums[column] = sum;
+    }
+    __syncwarp();
+    queries.slope = scaling * code_unit;
+    uint32 pairs[query_tiles][channel_pairs];
+#pragma unroll
+    for (int t = 0; t < query_tiles; ++t) {
+#pragma unroll
+        for (int p = 0; p < channel_pairs; ++p) {
+            pairs[t][p] = query_pair(rows + (t * 8 + g) * head_dim, p);
+            if constexpr (in_registers) queries.pairs[t][p] = pairs[t][p];
+        }
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int number = all.query(first_column + t * 8 + 2 * c + i);
+            queries.offsets[t][i] = scaling * sums[t * 8 + 2 * c + i];
+            queries.last[t][i] = number < 0 ? -1 : all.work.position(number);
+        }
+    }
+    __syncwarp();
+    if constexpr (!in_registers) {
+        uint2* fragments = reinterpret_cast<uint2*>(shared);
+#pragma unroll
+        for (int t = 0; t < query_tiles; ++t)
+#pragma unroll
+            for (int j = 0; j < channel_pairs / 2; ++j)
+                fragments[(t * (channel_pairs / 2) + j) * 32 + lane] = make_uint2(pairs[t][2 * j], pairs[t][2 * j + 1]);
+        queries.fragments = fragments;
+        __syncwarp();
+    }
+}
+
+// The tokens [first, end) that somebody in the block sees.
+struct Range {
+    int first, end;
+};
+
+// All threads of the block bring a chunk; tokens outside of the range become zeros.
+INLINE void copy_chunk(uint8* stage, const uint8* pool, const int* pages, long long page_stride, int chunk, const Range& range) {
+    const int first_token = chunk * chunk_tokens;
+    auto piece = [&](uint8* to, int part_of_page, int bytes_per_token, int at) {
+        const int token = first_token + at / bytes_per_token, last = first_token + (at + 15) / bytes_per_token;
+        const bool inside = last >= range.first && token < range.end;
+        const uint8* page = pool + (inside ? pages[token / page_tokens] * page_stride : 0);
+        copy_async(to + at, page + part_of_page + token % page_tokens * bytes_per_token + at % bytes_per_token, inside);
+    };
+    if (first_token < range.end) {
+#pragma unroll
+        for (int side = 0; side < 2; ++side)
+#pragma unroll
+            for (int at = 0; at < codes_bytes; at += threads * 16)
+                if (at + threads * 16 <= codes_bytes || at + threadIdx.x * 16 < codes_bytes)
+                    piece(stage + side * codes_bytes, side * page_tokens * row_bytes, row_bytes, at + threadIdx.x * 16);
+        if constexpr (number_bytes > 0)
+            if (threadIdx.x * 16 < chunk_tokens * number_bytes) piece(stage + 2 * codes_bytes, 2 * page_tokens * row_bytes, number_bytes, threadIdx.x * 16);
+    }
+    copy_commit();  // an empty group too: groups are counted
+}
+
+// Tokens that a column does not see weigh nothing; numbers of tokens that were not copied are none.
+INLINE void hide_unseen(Scores<token_tiles>& scores, TileNumbers<token_tiles>& numbers, const Queries& queries, int first_token, int window, const Range& range) {
+    const int g = threadIdx.x % 32 / 4;
+#pragma unroll
+    for (int tile = 0; tile < token_tiles; ++tile)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int token = first_token + token_of(tile, half, g);
+            if (token < range.first || token >= range.end) numbers[tile][half].value_scale = numbers[tile][half].value_minimum = 0.0f;
+#pragma unroll
+            for (int t = 0; t < query_tiles; ++t)
+#pragma unroll
+                for (int i = 0; i < 2; ++i)
+                    if (token > queries.last[t][i] || token <= queries.last[t][i] - window) scores[t][tile][2 * half + i] = hidden;
+        }
+}
+
+// Results go through shared memory, so that a row leaves in whole sectors.
+INLINE void store(const State& state, uint8* shared, Query* out, const float* value_bias, const Columns& all, int heads) {
+    const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4, first_column = threadIdx.x / 32 * columns;
+    Query* rows = reinterpret_cast<Query*>(shared);
+#pragma unroll
+    for (int t = 0; t < query_tiles; ++t)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            float weight = state.weight[t][i], minimum = state.minimum[t][i];
+            for (int distance = 4; distance < 32; distance *= 2) {
+                weight += __shfl_xor_sync(all_lanes, weight, distance);
+                minimum += __shfl_xor_sync(all_lanes, minimum, distance);
+            }
+            const float share = weight > 0.0f ? 1.0f / weight : 0.0f;
+#pragma unroll
+            for (int m = 0; m < channel_tiles; ++m)
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const int channel = ValueSlice::channel(g, 2 * m + half);
+                    const float unit = half ? code_unit * odd_place : code_unit;
+                    float attended = (state.sums[t][m][2 * half + i] * unit + minimum) * share;
+                    if (value_bias && weight > 0.0f) attended += value_bias[channel];
+                    rows[(t * 8 + 2 * c + i) * head_dim + channel] = from_float<Query>(attended);
+                }
+        }
+    __syncwarp();
+    for (int column = 0; column < columns; ++column) {
+        const int number = all.query(first_column + column);
+        if (number < 0) break;
+        uint32* to = reinterpret_cast<uint32*>(out + (static_cast<long long>(all.work.start + number) * heads + all.head(first_column + column)) * head_dim);
+        for (int i = lane; i < head_dim / 2; i += 32) to[i] = reinterpret_cast<const uint32*>(rows + column * head_dim)[i];
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM)
+attention_prefill(const Query* query, const uint8* pool, const int* page_table, const int* query_starts, const int* lengths,
+                  const float* value_bias, Query* out, int sequences, int heads, int kv_heads, int max_pages, int query_stride,
+                  int window, float scaling) {
+    const int group = heads / kv_heads, block_queries = warps * columns / group, kv_head = blockIdx.y;
+    allow_next_kernel();
+    wait_for_previous_kernel();
+    // The last queries of a sequence see most: they go first.
+    const Work work = find_work(query_starts, lengths, sequences, block_queries, gridDim.x - 1 - blockIdx.x);
+    if (work.sequence < 0) return;
+
+    const int warp = threadIdx.x / 32, lowest = work.position(work.first), top = work.position(min(work.first + block_queries, work.queries) - 1);
+    const Range range = {max(0, lowest - window + 1), top + 1};
+    const int* pages = page_table + static_cast<long long>(work.sequence) * max_pages;
+    const long long page_stride = static_cast<long long>(kv_heads) * page_bytes;
+    pool += static_cast<long long>(kv_head) * page_bytes;
+    uint8* ring = shared_bytes + warps * (warp_bytes + columns * sizeof(float));
+    int chunk = range.first / chunk_tokens;
+#pragma unroll
+    for (int stage = 0; stage < stages - 1; ++stage) copy_chunk(ring + stage * stage_bytes, pool, pages, page_stride, chunk + stage, range);
+
+    const Columns all = {work, group, block_queries};
+    Queries queries;
+    uint8* own = shared_bytes + warp * warp_bytes;
+    load_queries(queries, own, reinterpret_cast<float*>(shared_bytes + warps * warp_bytes) + warp * columns,
+                 query + kv_head * group * head_dim, query_stride, all, scaling);
+    const int first_place = warp * columns / group, last_place = min((warp * columns + columns - 1) / group, block_queries - 1);
+    const int own_lowest = lowest + first_place, own_top = min(lowest + last_place, top);  // positions of the warp's queries
+
+    State state;
+    state.clear();
+    int stage = 0, free_stage = stages - 1;
+#pragma unroll 1
+    for (; chunk * chunk_tokens < range.end; ++chunk) {
+        copy_wait<stages - 2>();
+        __syncthreads();  // the chunk is there for all warps, and none still reads the one before
+        copy_chunk(ring + free_stage * stage_bytes, pool, pages, page_stride, chunk + stages - 1, range);
+        const uint8* here = ring + stage * stage_bytes;
+#pragma unroll 1
+        for (int step = 0; step < chunk_tokens; step += step_tokens) {
+            const int first_token = chunk * chunk_tokens + step;
+            if (first_token > own_top || first_token + step_tokens - 1 <= own_lowest - window) continue;
+            const Chunk tokens = {here + step * row_bytes, here + codes_bytes + step * row_bytes, here + 2 * codes_bytes + step * number_bytes};
+            Scores<token_tiles> scores;
+            TileNumbers<token_tiles> numbers;
+            score<token_tiles>(scores, numbers, tokens, queries);
+            if (first_token + step_tokens - 1 > own_lowest || first_token <= own_top - window)
+                hide_unseen(scores, numbers, queries, first_token, window, range);
+            keep_in_range<token_tiles>(state, scores, numbers);
+            add_values<token_tiles>(state, scores, numbers, tokens);
+        }
+        free_stage = stage;
+        stage = stage + 1 == stages ? 0 : stage + 1;
+    }
+    copy_wait<0>();
+    __syncwarp();
+    store(state, own, out + kv_head * group * head_dim, value_bias ? value_bias + kv_head * head_dim : nullptr, all, heads);
+}

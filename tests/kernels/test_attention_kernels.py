@@ -1,0 +1,127 @@
+"""The attention kernels: what they compute, on the emulator, and what the assembler makes of them on every card."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from atomcli.kernels import attention_launch as launch
+from atomcli.kernels import attention_reference as reference
+from atomcli.kernels.compiler import compile_source
+from atomcli.kernels.dispatch import ARCHITECTURES
+from atomcli.kernels.pages import Element, PageFormat
+from tests.kernels.attention_cases import problem, relative_error
+from tests.kernels.disassembly import compiles, disassembles, sass
+from tests.kernels.emulator import COMPILER, HostKernel
+
+emulates = pytest.mark.skipif(COMPILER is None, reason="the emulator needs g++")
+
+ELEMENTS: tuple[Element, ...] = ("int4", "int8", "fp8", "bf16")
+SCALING = 0.1
+LARGE = 227 << 10  # of shared memory
+# Results are rounded to bf16: a relative error of 1.7e-3 is none. Weights are rounded to the operand's format as well,
+# which 8 bits of bf16 show.
+TOLERANCE = 4e-3
+
+
+def on_host(name: str, defines: dict[str, int | str], shared_bytes: int) -> HostKernel:
+    return HostKernel(f"{name}.cu", name, defines)
+
+
+@emulates
+@pytest.mark.parametrize(
+    ("element", "lengths", "splits", "window", "shape"),
+    [
+        ("int4", [0, 1, 33, 128, 300], 2, None, {"head_dim": 128, "page": 16}),
+        ("int4", [300, 15, 64], 3, 40, {"head_dim": 96, "page": 16}),
+        ("fp8", [300, 15, 1], 3, 40, {"head_dim": 96, "page": 16}),
+        ("int8", [70], 1, None, {"head_dim": 64, "page": 32, "heads": 20, "kv_heads": 2}),
+        ("bf16", [70, 0, 17], 1, 20, {"head_dim": 128, "page": 64, "heads": 3, "kv_heads": 3}),
+    ],
+)
+def test_decode(element: Element, lengths: list[int], splits: int, window: int | None, shape: dict[str, int]) -> None:
+    case = problem(element, lengths, **shape)
+    bias = torch.randn(case.pool.shape[1], case.fmt.head_dim)
+    out = torch.full_like(case.query, float("nan"))
+    launch.launch_decode(
+        on_host, case.query, case.pool, case.fmt, case.page_table, case.lengths, SCALING, window, bias, out,
+        processors=1, shared_limit=LARGE, splits=splits,
+    )  # fmt: skip
+    assert relative_error(out, case.expected(SCALING, window, None, bias)) < TOLERANCE
+
+
+@emulates
+@pytest.mark.parametrize(
+    ("element", "lengths", "queries", "window", "shape"),
+    [
+        ("int4", [33, 0, 1, 70], [20, 0, 1, 70], 25, {"heads": 6, "kv_heads": 2, "page": 32}),
+        ("fp8", [40, 90], [40, 3], None, {"heads": 7, "kv_heads": 1, "head_dim": 96}),
+        ("bf16", [40, 50], [9, 50], 25, {"page": 64}),
+    ],
+)
+def test_prefill(
+    element: Element, lengths: list[int], queries: list[int], window: int | None, shape: dict[str, int]
+) -> None:
+    case = problem(element, lengths, queries=queries, **shape)
+    bias = torch.randn(case.pool.shape[1], case.fmt.head_dim)
+    out = torch.full_like(case.query, float("nan"))
+    launch.launch_prefill(
+        on_host, case.query, case.pool, case.fmt, case.page_table, case.starts, case.lengths, SCALING, window, bias,
+        out, shared_limit=LARGE,
+    )  # fmt: skip
+    assert relative_error(out, case.expected(SCALING, window, None, bias)) < TOLERANCE
+
+
+@emulates
+@pytest.mark.parametrize("element", ELEMENTS)
+@pytest.mark.parametrize(
+    ("head_dim", "page", "hadamard", "rotate_keys", "dtype"),
+    [(96, 32, True, True, torch.float16), (128, 64, True, True, torch.bfloat16), (64, 16, False, False, torch.float32)],
+)
+def test_append_is_the_reference_bit_for_bit(
+    element: Element, head_dim: int, page: int, hadamard: bool, rotate_keys: bool, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    fmt, tokens, heads, kv_heads = PageFormat(element, head_dim, page), 9, 6, 3
+    sizes = torch.logspace(-2, 1.5, tokens)[:, None, None]
+    merged = (torch.randn(tokens, heads + 2 * kv_heads, head_dim) * sizes).to(dtype)
+    query, key, value = merged.split([heads, kv_heads, kv_heads], dim=1)
+    angles = torch.rand(tokens, head_dim // 2) * 100
+    slots = torch.tensor([0, 1, -1, page - 1, page, 3 * page - 1, 2 * page + 5, 7, -3])
+    pools = [torch.full((4, kv_heads, fmt.bytes), 0xA5, dtype=torch.uint8) for _ in range(2)]
+    arguments = (query, key, value, angles.cos(), angles.sin(), slots, hadamard, rotate_keys)
+    expected = reference.append(pools[0], fmt, *arguments)
+    rotated = torch.full(query.shape, float("nan"), dtype=dtype)
+    launch.launch_append(on_host, pools[1], fmt, *arguments, rotated)
+    assert torch.equal(rotated, expected)
+    assert torch.equal(*pools)
+
+
+@compiles
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("element", ELEMENTS)
+def test_kernels_compile_without_spills(arch: str, element: Element) -> None:
+    """Every kind of cache on every card; the head dimensions take turns."""
+    place = ARCHITECTURES.index(arch) + ELEMENTS.index(element)
+    head_dim, page = launch.HEAD_DIMS[place % 4], (16, 32, 64)[place % 3]
+    fmt, limit = PageFormat(element, head_dim, page), launch.SHARED_LIMITS[arch]
+    decode = launch.plan_decode(fmt, torch.bfloat16, 12 if place % 2 else 4, limit)
+    prefill = launch.plan_prefill(fmt, torch.bfloat16, limit)
+    assert max(decode.shared_bytes, prefill.shared_bytes) <= limit
+    for name, defines in (
+        (launch.DECODE, decode.defines),
+        (launch.PREFILL, prefill.defines),
+        (launch.APPEND, launch.append_defines(fmt, torch.bfloat16, True, True)),
+    ):
+        assert compile_source(f"{name}.cu", arch, defines).resources[name].spill_bytes == 0
+
+
+@compiles
+@disassembles
+def test_a_nibble_costs_a_mask(tmp_path: Path) -> None:
+    """No conversion from integers in the decode loop, and the copies are asynchronous ones."""
+    plan = launch.plan_decode(PageFormat("int4", 128, 64), torch.bfloat16, 1, LARGE)
+    listing = sass(compile_source(f"{launch.DECODE}.cu", "90a", plan.defines).cubin, tmp_path)
+    assert "HMMA.16816.F32" in listing
+    assert "LDGSTS.E.BYPASS" in listing
+    assert "I2F" not in listing

@@ -87,6 +87,7 @@ def build_config(
     }
     if model_type == "llama":
         fields["attention_bias"] = "blk.0.attn_q.bias" in tensors
+        fields["mlp_bias"] = "blk.0.ffn_gate.bias" in tensors
     window = metadata.get(f"{architecture}.attention.sliding_window")
     if model_type in {"mistral", "mixtral"}:
         fields["sliding_window"] = int(window) if window else None

@@ -50,5 +50,5 @@ def test_seeds_and_positions_decide_the_draw() -> None:
 
 @pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}])
 def test_samplings_that_are_none_are_refused(wrong: dict[str, float]) -> None:
-    with pytest.raises(UsageError, match="temperature is at least 0"):
+    with pytest.raises(UsageError, match="Temperature is at least 0"):
         Sampling(**wrong)  # type: ignore[arg-type]

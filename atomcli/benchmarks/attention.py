@@ -21,6 +21,7 @@ Step = Literal["decode", "prefill"]
 Call = Callable[[], object]
 
 ELEMENTS: tuple[Element, ...] = ("int4", "int8", "fp8", "bf16")
+BASELINE = "atom bf16"
 SEED_PAGES = 64  # pages of distinct content that a pool repeats
 
 
@@ -83,26 +84,35 @@ def run(
 
 
 def _case(step: Step, heads: Heads, batch: int, context: int, contenders: list[Contender], repeats: int) -> list[Row]:
+    replays: dict[str, timing.Replay] = {}
+    notes: dict[str, str] = {}
+    sizes = {c.name: batch * context * heads.kv * c.bytes_per_token(heads) for c in contenders}
+    torch.cuda.empty_cache()
+    for contender in contenders:
+        copies = max(1, min(64, -(-ROTATED_BYTES // int(sizes[contender.name]))))
+        try:
+            replays[contender.name] = timing.capture(contender.build(heads, batch, context, copies))
+        except (AtomError, RuntimeError, ImportError, AttributeError, TypeError, ValueError) as error:
+            notes[contender.name] = str(error).splitlines()[0] if str(error) else type(error).__name__
+    times = {name: measure(samples, "µs") for name, samples in timing.in_turn(replays, repeats).items()}
+    bf16 = times.get(BASELINE)
     rows = []
     for contender in contenders:
-        cache_bytes = batch * context * heads.kv * contender.bytes_per_token(heads)
+        name = contender.name
         labels: dict[str, str | int | float] = {
             "step": step,
             "heads": str(heads),
             "batch": batch,
             "context": context,
-            "kernel": contender.name,
+            "kernel": name,
         }
-        torch.cuda.empty_cache()
-        try:
-            copies = max(1, min(64, -(-ROTATED_BYTES // int(cache_bytes))))
-            times = timing.graph_times(contender.build(heads, batch, context, copies), repeats)
-        except (AtomError, RuntimeError, ImportError, AttributeError, TypeError, ValueError) as error:
-            note = str(error).splitlines()[0] if str(error) else type(error).__name__
-            rows.append(Row(labels, {"time": None, **dict.fromkeys(_RATES[step])}, note))
+        time = times.get(name)
+        if time is None:
+            rows.append(Row(labels, dict.fromkeys(("time", f"vs {BASELINE}", *_RATES[step])), notes[name]))
             continue
-        time = measure(times, "µs")
-        rows.append(Row(labels, {"time": time, **_rates(step, time, heads, batch, context, cache_bytes)}))
+        ratio = _per_time(time, bf16.median, "×") if bf16 else None
+        rates = _rates(step, time, heads, batch, context, sizes[name])
+        rows.append(Row(labels, {"time": time, f"vs {BASELINE}": ratio, **rates}))
     return rows
 
 
@@ -113,18 +123,19 @@ def _rates(
     step: Step, time: Measure, heads: Heads, batch: int, context: int, cache_bytes: float
 ) -> dict[str, Measure | None]:
     """Bytes per second and their share of the card's; for prefill operations per second, half of the square masked."""
-
-    def per_time(amount: float, unit: str) -> Measure:
-        return Measure(amount / time.median, amount / time.high, amount / time.low, unit, time.samples)
-
     if step == "prefill":
-        return {"TFLOPS": per_time(2.0 * batch * context * context * heads.query * heads.dim * 1e-6, "TFLOPS")}
+        return {"TFLOPS": _per_time(time, 2.0 * batch * context * context * heads.query * heads.dim * 1e-6, "TFLOPS")}
     name = torch.cuda.get_device_name()
     bandwidth = next((value for card, value in MEMORY_BANDWIDTH.items() if card in name), MEMORY_BANDWIDTH["H100"])
     return {
-        "GB/s": per_time(cache_bytes * 1e-3, "GB/s"),
-        "of limit": per_time(cache_bytes * 1e8 / bandwidth, "%"),
+        "GB/s": _per_time(time, cache_bytes * 1e-3, "GB/s"),
+        "of limit": _per_time(time, cache_bytes * 1e8 / bandwidth, "%"),
     }
+
+
+def _per_time(time: Measure, amount: float, unit: str) -> Measure:
+    """An amount over a time; quartiles change places."""
+    return Measure(amount / time.median, amount / time.high, amount / time.low, unit, time.samples)
 
 
 # ------------------------------------------------------------------------------------------------ ours

@@ -138,6 +138,47 @@ def gemm(
     show(rows, form)
 
 
+@app.command("attention")
+@command
+@reportable
+def attention(
+    step: Annotated[Literal["decode", "prefill"], typer.Option("--step", help="What attends.")] = "decode",
+    heads: Annotated[
+        str | None,
+        typer.Option("--heads", metavar="QUERY/KVxDIM", help="Like 32/8x128 [cases of Llama-2-7B and Llama-3-8B]."),
+    ] = None,
+    batch: Annotated[list[int] | None, typer.Option("--batch", help="Sequences at a time; repeatable [16].")] = None,
+    context: Annotated[list[int] | None, typer.Option("--context", help="Keys of each; repeatable [1024].")] = None,
+    element: Annotated[
+        list[str] | None, typer.Option("--element", help="What the cache holds; repeatable [int4 int8 fp8 bf16].")
+    ] = None,
+    page: Annotated[int, typer.Option("--page", help="Tokens of a page: 16, 32 or 64.")] = 64,
+    peers: Annotated[bool, typer.Option(help="Also time what one would use instead.")] = True,
+    repeats: Annotated[int, typer.Option("--repeats", help="Measured runs; the table shows their median.")] = 7,
+    form: Form = "md",
+) -> None:
+    """Attention on a paged cache alone, on a GPU.
+
+    4-bit and 8-bit caches beside bf16, torch's attention and FlashAttention-3: time and bytes per second.
+    """
+    from atomcli.benchmarks import attention as bench
+    from atomcli.cli.progress import Progress
+    from atomcli.errors import UsageError
+
+    elements = [name for name in bench.ELEMENTS if name in (element or bench.ELEMENTS)]
+    for name in element or []:
+        if name not in bench.ELEMENTS:
+            raise UsageError(f"--element is {name!r}; allowed are {', '.join(bench.ELEMENTS)}")
+    cases = None
+    if heads or batch or context:
+        shape = bench.parse_heads(heads) if heads else bench.LLAMA_2_7B
+        cases = [(shape, b, c) for b in batch or [16] for c in context or [1024]]
+    with Progress() as progress:
+        seen = progress.counter("bench", "case")
+        rows = bench.run(step, cases, elements, page, peers=peers, repeats=repeats, progress=seen)
+    show(rows, form)
+
+
 @app.command("accuracy")
 @command
 def accuracy(

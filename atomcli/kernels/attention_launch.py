@@ -136,7 +136,7 @@ class PrefillPlan(NamedTuple):
 
 
 def plan_prefill(fmt: PageFormat, dtype: torch.dtype, shared_limit: int) -> PrefillPlan:
-    """The kernel whose warps have 16 columns each, over a ring of three chunks; up to 12 warps fit an SM's registers."""
+    """The kernel whose warps have 16 columns each, over a ring of three chunks; 12 warps fit an SM's registers."""
     tiles = 2
     chunk = 64 if fmt.code_bytes <= 64 else 32 if fmt.code_bytes <= 256 else 16
     columns = WARPS * 8 * tiles
@@ -203,8 +203,9 @@ def launch_append(
     (tokens, heads, _), kv_heads = query.shape, pool.shape[1]
     query, key, value = (_dense_heads(x) for x in (query, key, value))
     vectors = 1 if tokens <= FEW_TOKENS else 4 if fmt.head_dim <= 128 else 2
+    grid = (tokens, -(-(heads + 2 * kv_heads) // (WARPS * vectors)))
     load(APPEND, append_defines(fmt, query.dtype, hadamard, rotate_keys, vectors), 0).launch(
-        (tokens, -(-(heads + 2 * kv_heads) // (WARPS * vectors))), WARPS * 32, pool, query, key, value, cos, sin, slots, rotated,
+        grid, WARPS * 32, pool, query, key, value, cos, sin, slots, rotated,
         heads, kv_heads, query.stride(0), key.stride(0), value.stride(0), overlap=True,
     )  # fmt: skip
 

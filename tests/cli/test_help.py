@@ -19,6 +19,7 @@ COMMANDS = [
     ["bench", "model"],
     ["bench", "serve"],
     ["bench", "gemm"],
+    ["bench", "attention"],
     ["bench", "accuracy"],
     ["inspect"],
     ["recipes"],

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -155,17 +156,29 @@ class Outliers(Section):
 
 
 class KVCache(Section):
-    """How the cache stores keys and values; see `formats.KVFormat`."""
+    """How the cache stores keys and values (see `formats.KVFormat`), in INT8 in the blocks that `int8` numbers."""
 
     format: Literal["int4", "int8", "none"] = "none"
     position: Literal["before_rope", "after_rope"] = "after_rope"
     hadamard: bool = False
     bias_free: bool = True
     centered: bool = False
+    int8: tuple[int, ...] = ()
 
-    def to_format(self) -> KVFormat:
-        """The same as a `formats.KVFormat`."""
-        element = "float" if self.format == "none" else self.format
+    @model_validator(mode="after")
+    def says_something(self) -> KVCache:
+        """Blocks can be excepted from four bits alone."""
+        if self.int8 and self.format != "int4":
+            raise ValueError(f"int8 excepts blocks from format int4, but format is {self.format}")
+        if any(index < 0 for index in self.int8):
+            raise ValueError("int8 lists blocks by their number, from 0")
+        return self
+
+    def to_format(self, index: int | None = None) -> KVFormat:
+        """The same as a `formats.KVFormat`: that of block `index`, or of every block that is no exception."""
+        element: Literal["int4", "int8", "float"] = "float" if self.format == "none" else self.format
+        if index in self.int8:
+            element = "int8"
         return KVFormat(element, self.position, self.hadamard, self.bias_free, self.centered)
 
 
@@ -201,6 +214,8 @@ class Select(Section):
     number or a size such as 10GiB. max_kld: predicted KL divergence in nats; the fewest bytes are sought. latency:
     microseconds of all products together at `tokens` tokens, by the table `costs` that `atom bench gemm --json` wrote.
     candidates: schemes by name (w4a4, w4a8-o64, w16a16, ...); none: the recipe's own with fewer outliers, W8A8, 16 bit.
+    kv_bits: beside that budget, stored bits per cached number (scale and minimum counted) that the cache of all blocks
+    may take on average; the blocks that gain most get INT8. None: the recipe's cache in every block.
     """
 
     bits_per_weight: float | None = Field(default=None, gt=0)
@@ -210,6 +225,7 @@ class Select(Section):
     costs: str | None = None
     tokens: int = Field(default=16, ge=1)
     candidates: tuple[str, ...] = ()
+    kv_bits: float | None = Field(default=None, gt=0)
 
     @field_validator("memory")
     @classmethod
@@ -227,7 +243,7 @@ class Select(Section):
 
     @model_validator(mode="after")
     def one_budget(self) -> Select:
-        """A selection has exactly one budget; a latency needs its table."""
+        """A selection has exactly one budget for the weights; a latency needs its table."""
         given = [name for name in BUDGETS if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"needs exactly one of {', '.join(BUDGETS)}; it has {' and '.join(given) or 'none'}")
@@ -353,7 +369,7 @@ def refuse_narrow(scheme: Scheme, linear: str, in_features: int) -> None:
     if scheme.outliers >= in_features:
         raise UsageError(
             f"{scheme.name} has {scheme.outliers} outliers, but {linear} has only {in_features} input channels",
-            f"use at most {in_features - 1} (--outliers, or such as w4a8-o16 for a named scheme), "
+            f"Use at most {in_features - 1} (--outliers, or such as w4a8-o16 for a named scheme), "
             "or a rule that keeps this linear",
         )
 
@@ -363,6 +379,20 @@ def shipped_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(resource_directory("recipes").glob("*.yaml"))}
 
 
+# PyYAML takes minutes over a few thousand nested brackets.
+_LARGEST, _DEEPEST = 1 << 16, 32
+
+
+def _refuse_monster(content: str, path: Path) -> None:
+    """UsageError for a file that is too large or too deeply nested to be a recipe, before it is parsed."""
+    depth = accumulate((char in "[{") - (char in "]}") for char in content if char in "[]{}")
+    if len(content) > _LARGEST or max(depth, default=0) > _DEEPEST:
+        raise UsageError(
+            f"{path} is no recipe: it has {len(content)} characters, nested too deeply or too many",
+            "See `atom recipes show atom-w4a4`",
+        )
+
+
 def load_recipe(name_or_path: str | Path) -> Recipe:
     """A recipe by the name of one that ships, or from a YAML file; UsageError says what is wrong with it."""
     text = str(name_or_path)
@@ -370,19 +400,21 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     path = shipped.get(text, Path(text))
     if not path.is_file():
         raise UsageError(
-            f"no recipe {text!r}: it is neither a file nor one of {', '.join(shipped)}{did_you_mean(text, shipped)}",
-            "see `atom recipes list`",
+            f"No recipe {text!r}: it is neither a file nor one of {', '.join(shipped)}{did_you_mean(text, shipped)}",
+            "See `atom recipes list`",
         )
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = path.read_text(encoding="utf-8")
+        _refuse_monster(content, path)
+        data = yaml.safe_load(content)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UsageError(f"the recipe {path} can't be read: {' '.join(str(error).split())}") from error
+        raise UsageError(f"The recipe {path} can't be read: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
-        raise UsageError(f"the recipe {path} is no mapping of keys to values", "see `atom recipes show atom-w4a4`")
+        raise UsageError(f"The recipe {path} is no mapping of keys to values", "See `atom recipes show atom-w4a4`")
     return parse_recipe({"name": path.stem, **data}, str(path))
 
 
-def parse_recipe(data: Mapping[str, Any], where: str = "the recipe") -> Recipe:
+def parse_recipe(data: Mapping[str, Any], where: str = "The recipe") -> Recipe:
     """A Recipe from plain data; UsageError names the first wrong key and the nearest valid one."""
     try:
         return Recipe.model_validate(data)

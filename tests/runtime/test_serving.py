@@ -21,7 +21,7 @@ def model() -> FusedModel:
     return FusedModel.of(tiny_model("qwen2", None, KV8))
 
 
-def requests(count: int, seed: int = 0, longest: int = 60, sampling: Sampling | None = None) -> list[Request]:
+def requests(count: int, seed: int = 0, longest: int = 40, sampling: Sampling | None = None) -> list[Request]:
     draw = random.Random(seed)
     return [
         Request(
@@ -35,9 +35,9 @@ def requests(count: int, seed: int = 0, longest: int = 60, sampling: Sampling | 
 
 @pytest.fixture(scope="module")
 def generated() -> list[list[int]]:
-    """What transformers generates for `requests(12)`, one after the other."""
+    """What transformers generates for `requests(9)`, one after the other."""
     original, answers = tiny_model("qwen2", None, KV8), []
-    for request in requests(12):
+    for request in requests(9):
         prompt = torch.tensor([request.prompt])
         options: dict[str, Any] = {"attention_mask": torch.ones_like(prompt), "do_sample": False}
         out = original.generate(prompt, max_new_tokens=request.new_tokens, **options)
@@ -50,34 +50,39 @@ def test_a_request_gets_the_tokens_that_transformers_generates(
     model: FusedModel, generated: list[list[int]], pages: int, rows: int, chunk: int
 ) -> None:
     server = Server(model, pages, rows, context=128, chunk=chunk)
-    assert server.run(requests(12)) == generated
+    assert server.run(requests(9)) == generated
     assert server.pages.free == pages
     assert server.idle
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.8, 0.9, seed=3)], ids=["greedy", "sampled"])
 def test_alone_and_in_a_full_batch_the_tokens_are_the_same(model: FusedModel, sampling: Sampling) -> None:
-    asked = requests(9, seed=1, sampling=sampling)
-    together = Server(model, 30, 9, context=128).run(asked)
+    asked = requests(6, seed=1, sampling=sampling)
+    together = Server(model, 30, 6, context=128).run(asked)
     assert together == [Server(model, 2, 1, context=128).run([request])[0] for request in asked]
 
 
-def test_preemption_changes_no_token(model: FusedModel) -> None:
-    asked = [Request(request.prompt, 60, sampling=Sampling(1.0, seed=number)) for number, request in
-             enumerate(requests(6, seed=2))]  # fmt: skip
-    roomy, tight = Server(model, 30, 6, context=128), Server(model, 3, 6, context=128)
-    preempted = []
-    original = tight._preempt
-    tight._preempt = lambda: (preempted.append(1), original())[1]  # type: ignore[method-assign,func-returns-value]
+def test_preemption_changes_no_token(model: FusedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [request.prompt for request in requests(5, seed=2)]
+    asked = [Request(prompt, 45, sampling=Sampling(1.0, seed=number)) for number, prompt in enumerate(prompts)]
+    roomy, tight = Server(model, 30, 5, context=128), Server(model, 3, 5, context=128)
+    preempted: list[Server] = []
+    preempt = Server._preempt
+
+    def counted(server: Server) -> None:
+        preempted.append(server)
+        preempt(server)
+
+    monkeypatch.setattr(Server, "_preempt", counted)
     assert tight.run(asked) == roomy.run(asked)
-    assert preempted
+    assert set(preempted) == {tight}
     assert tight.pages.free == 3
 
 
 def test_a_soak_leaks_no_page(model: FusedModel) -> None:
     draw = random.Random(4)
     server = Server(model, 12, 7, context=128, chunk=48)
-    asked = requests(60, seed=5, longest=25)
+    asked = requests(40, seed=5, longest=25)
     answers: dict[int, list[int]] = {}
     waiting = list(asked)
     while waiting or not server.idle:

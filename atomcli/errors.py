@@ -1,7 +1,8 @@
 """What can go wrong, as sentences a person can act on.
 
 Every error that atom raises on purpose says what is wrong, where, and what was allowed; `hint` says what to do
-next. The command line prints the two and nothing else; each class fixes the exit code.
+next. Both begin with a capital, or with the name that they are about. The command line ends them with a period and
+prints the two and nothing else; each class fixes the exit code.
 """
 
 _LONGEST = 900

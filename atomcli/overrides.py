@@ -36,7 +36,7 @@ def override(
     data = recipe.model_dump(mode="json")
     if bits is not None:
         if bits not in (4, 8):
-            raise UsageError(f"--bits is {bits}; allowed are 4 and 8", "see `atom recipes list` for other formats")
+            raise UsageError(f"--bits is {bits}; allowed are 4 and 8", "See `atom recipes list` for other formats")
         for section in ("weights", "activations"):
             current = data[section]["format"]
             if current != "none" and (8 if current == "int8" else 4) != bits:
@@ -52,7 +52,7 @@ def override(
         if not grouped:
             raise UsageError(
                 f"--group is {group}, but the recipe {recipe.name} has one scale for all channels",
-                "leave it away, or choose another of `atom recipes list`",
+                "Leave it away, or choose another of `atom recipes list`",
             )
         for section in grouped:
             data[section]["group"] = group
@@ -74,9 +74,9 @@ def override(
         if data["select"] is None:
             raise UsageError(
                 f"--{'costs' if costs else 'candidate'} needs a budget",
-                "give one of --bits-per-weight, --memory, --max-kld and --latency",
+                "Give one of --bits-per-weight, --memory, --max-kld and --latency",
             )
         if costs and data["select"]["latency"] is None:
-            raise UsageError("--costs is for the budget --latency, which wasn't given", "add --latency MICROSECONDS")
+            raise UsageError("--costs is for the budget --latency, which wasn't given", "Add --latency MICROSECONDS")
         data["select"] |= more
-    return parse_recipe(data, "the recipe with the command-line options")
+    return parse_recipe(data, "The recipe with the command-line options")

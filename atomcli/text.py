@@ -73,7 +73,7 @@ def load_text(data: str, part: Part, max_characters: int | None = None) -> Text:
     if path.exists():
         return Text(str(path), _read_file(path))
     if path.suffix in (".txt", ".md", ".utf8", ".text") or data.startswith(("/", "./", "../", "~")):
-        raise InputError(f"the text file {data} does not exist", "name a local file, `demo`, or a Hub data set id")
+        raise InputError(f"The text file {data} does not exist", "Name a local file, `demo`, or a Hub data set id")
     dataset, _, rest = data.partition(":")
     config, _, split = rest.partition(":")
     default_split = "train" if part == "calibration" else "test"
@@ -96,19 +96,19 @@ def cut_windows(
 ) -> "torch.Tensor":
     """tokens (n,) cut from the front into (windows, length) that do not overlap; the tail is dropped."""
     if length < 2:
-        raise InputError(f"a window of {length} tokens predicts nothing; it needs at least 2")
+        raise InputError(f"A window of {length} tokens predicts nothing; it needs at least 2")
     if limit is not None and limit < 1:
         raise InputError(f"{limit} windows were asked for; at least 1 is needed")
     count = len(tokens) // length
     if count == 0:
         raise InputError(
             f"{name} has {len(tokens)} tokens, fewer than one window of {length}",
-            "use a longer text or a shorter window",
+            "Use a longer text or a shorter window",
         )
     if limit is not None and count < limit:
         raise InputError(
             f"{name} has {count} full windows of {length} tokens, {limit} were asked for",
-            f"ask for at most {count} windows",
+            f"Ask for at most {count} windows",
         )
     count = limit or count
     return tokens[: count * length].reshape(count, length)
@@ -143,7 +143,7 @@ def spread_windows(
         possible = 1 + (len(tokens) - length) // half if len(tokens) >= length else 0
         raise InputError(
             f"{name} has {len(tokens)} tokens; {samples} samples of {length} need at least {needed}",
-            f"ask for at most {possible} samples" if possible else "use a longer text or shorter sequences",
+            f"Ask for at most {possible} samples" if possible else "Use a longer text or shorter sequences",
         )
     generator = torch.Generator().manual_seed(seed)
     spare = len(tokens) - length
@@ -183,7 +183,7 @@ def _read_hub(source: HubText, max_characters: int | None) -> str:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
             f"{source.dataset} is no local file, and the Hub gave no data set of that name: {reason}",
-            "name a local text file or `demo`, which need no Hub",
+            "Name a local text file or `demo`, which need no Hub",
         ) from error
 
 

@@ -73,7 +73,7 @@ def test_spread_windows_reach_over_the_whole_text_in_seeded_order() -> None:
 def test_spread_windows_refuses_a_short_text_and_says_how_many_fit() -> None:
     with pytest.raises(InputError, match="book has 100 tokens; 4 samples of 50 need at least 125") as caught:
         spread_windows(torch.arange(100), 4, 50, 0, "book")
-    assert caught.value.hint == "ask for at most 3 samples"
+    assert caught.value.hint == "Ask for at most 3 samples"
     assert spread_windows(torch.arange(100), 3, 50, 0).shape == (3, 50)
     with pytest.raises(InputError, match="need at least 50"):
         spread_windows(torch.arange(49), 1, 50, 0)

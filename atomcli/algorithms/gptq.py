@@ -46,7 +46,7 @@ def error_factor(hessian: Tensor, damping: float = DAMPING, rule: DampingRule = 
     succeeds. Raises RunError when it never does, which takes a Hessian that is not finite.
     """
     if not bool(torch.isfinite(hessian).all()):
-        raise RunError("a Hessian of the calibration inputs is not finite")
+        raise RunError("A Hessian of the calibration inputs is not finite")
     identity = torch.eye(hessian.shape[0], dtype=torch.float32, device=hessian.device)
     while damping <= 1e4:
         # Decomposing the reversed matrix gives H = R R^T with R upper triangular, so U = R^-1 needs one solve.
@@ -56,7 +56,7 @@ def error_factor(hessian: Tensor, damping: float = DAMPING, rule: DampingRule = 
             if bool(torch.isfinite(factor).all()):
                 return factor
         damping *= 10
-    raise RunError("a Hessian of the calibration inputs can't be decomposed, even with heavy damping")
+    raise RunError("A Hessian of the calibration inputs can't be decomposed, even with heavy damping")
 
 
 def gptq(weight: Tensor, factor: Tensor, importance: Tensor, scheme: Scheme, clip: Clip) -> QuantizedWeight:

@@ -75,7 +75,7 @@ def check_context(name: str, model: FusedModel, tokens: int) -> None:
     if tokens > model.context:
         raise UsageError(
             f"{tokens} tokens, prompt and new ones, exceed the {model.context} positions of {name}",
-            "use a smaller --context",
+            "Use a smaller --context",
         )
 
 

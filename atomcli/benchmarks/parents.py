@@ -101,7 +101,7 @@ def parent_config(shape: str, blocks: int | None = None, divide: int = 1, **chan
     Heads keep their size and stay at least one; UsageError for an unknown shape or one that doesn't divide.
     """
     if shape not in PARENTS:
-        raise UsageError(f"{shape} is no shape that can be made", f"choose one of {', '.join(PARENTS)}")
+        raise UsageError(f"{shape} is no shape that can be made", f"Choose one of {', '.join(PARENTS)}")
     config = dict(PARENTS[shape])
     config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
     if divide < 1 or config["hidden_size"] % divide:

@@ -101,7 +101,7 @@ def run_peer(peer: Peer, python: Path, job: Job, directory: Path) -> None:
             stderr=subprocess.STDOUT,
         )
     if done.returncode:
-        raise RunError(f"exit code {done.returncode}, {_last_words(log)}", f"All that it said is in {log}")
+        raise RunError(f"Exit code {done.returncode}, {_last_words(log)}", f"All that it said is in {log}")
 
 
 def _import_path(directory: Path) -> Mapping[str, str]:

@@ -64,9 +64,9 @@ def read_contents(directory: Path) -> Contents:
     """The contents of a checkpoint from config.json, manifest and report; InputError when it is no checkpoint."""
     refuse_unfinished(directory)
     if not directory.is_dir():
-        raise InputError(f"there is no checkpoint at {directory}", "give the directory that `atom quantize` wrote")
+        raise InputError(f"There is no checkpoint at {directory}", "Give the directory that `atom quantize` wrote")
     if not is_checkpoint(directory):
-        raise InputError(f"{directory} is no checkpoint of atom", "make one with `atom quantize`")
+        raise InputError(f"{directory} is no checkpoint of atom", "Make one with `atom quantize`")
     quantization, report = _quantization(directory), read_report(directory)
     linears: dict[str, dict[str, Any]] = quantization["linears"]
     errors = {entry.get("linear"): entry.get("error") for entry in report.get("layers", [])}
@@ -93,7 +93,7 @@ def refuse_unfinished(directory: Path) -> None:
         directory = unfinished(directory)
     if (directory / JOURNAL).is_file():
         raise InputError(
-            f"{directory} is an unfinished checkpoint", "type the `atom quantize` command again: it continues"
+            f"{directory} is an unfinished checkpoint", "Type the `atom quantize` command again: it continues"
         )
 
 

@@ -100,5 +100,5 @@ def _run(arguments: Sequence[str]) -> int:
         console.error(message[:1].upper() + message[1:], f"`{path} --help` lists what it takes", kind="UsageError")
         return error.exit_code
     except typer.Abort:
-        console.error("interrupted", kind="Interrupted")
+        console.error("Interrupted", kind="Interrupted")
         return 130

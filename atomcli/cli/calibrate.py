@@ -38,7 +38,7 @@ def calibrate(
 
     if not (out / SETTINGS).is_file():  # a finished artifact is compared with what is asked for
         refuse_occupied(out)
-    console.after_interruption = "the same command resumes"
+    console.after_interruption = "The same command resumes"
     with meeting(device) as ranks, Progress() as progress:
         run(open_source(model), resolved, out, device=ranks.device or device, progress=progress, ranks=ranks)
     console.result({"model": model, "calibration": out}, f"calibration of {model} in {out}")

@@ -61,7 +61,7 @@ def _with_exit_code(work: Callable[[], Any]) -> None:
         console.error(error.what, error.hint, type(error).__name__)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
-        console.error("interrupted", console.after_interruption, "Interrupted")
+        console.error("Interrupted", console.after_interruption, "Interrupted")
         raise typer.Exit(130) from None
     except BrokenPipeError:
         console.let_go()

@@ -80,9 +80,9 @@ class Console:
 
     def error(self, what: str, hint: str | None = None, kind: str = "Error") -> None:
         """Says on stderr what is wrong and what to do next; under --json the document says it too."""
-        self._write(sys.stderr, f"{self.styled('error:', 'red', sys.stderr)} {what}")
+        self._write(sys.stderr, f"{self.styled('error:', 'red', sys.stderr)} {_sentence(what)}")
         if hint:
-            self._write(sys.stderr, f"{self.styled('hint:', 'cyan', sys.stderr)} {hint}")
+            self._write(sys.stderr, f"{self.styled('hint:', 'cyan', sys.stderr)} {_sentence(hint)}")
         if self.json:
             self.result({"error": {"kind": kind, "what": what, "hint": hint}})
 
@@ -123,6 +123,11 @@ class Console:
         except OSError as error:
             name = "stdout" if stream is sys.stdout else "stderr"
             raise RunError(f"{name} can't be written: {error.strerror}") from error
+
+
+def _sentence(text: str) -> str:
+    """The text with the period that errors are raised without, so that one can be quoted inside another."""
+    return text if text.endswith((".", "?", "!")) else f"{text}."
 
 
 def is_terminal(stream: TextIO) -> bool:

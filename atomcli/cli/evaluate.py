@@ -61,9 +61,9 @@ def ppl(
     if convention not in ("token", "word", "both"):
         raise UsageError(f"--convention is {convention!r}; allowed are token, word and both")
     if max_ratio is not None and against is None:
-        raise UsageError("--max-ratio compares token perplexities of two models", "add --against PARENT")
+        raise UsageError("--max-ratio compares token perplexities of two models", "Add --against PARENT")
     if max_ratio is not None and convention == "word":
-        raise UsageError("--max-ratio compares token perplexities, which --convention word leaves out", "leave it away")
+        raise UsageError("--max-ratio compares token perplexities, which --convention word leaves out", "Leave it away")
     gates.check_gates(ratio=0.0, max_ratio=max_ratio)  # a limit that is no number is refused now, not at the end
     check_models(_names(checkpoint, against), device)
     text = load_text(data, "held_out")

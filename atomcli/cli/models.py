@@ -66,7 +66,7 @@ def parent_of(checkpoint: str) -> str:
     path = Path(checkpoint).expanduser()
     parent = read_contents(path).report.get("parent", {}) if is_checkpoint(path) else {}
     if not parent.get("name"):
-        raise UsageError(f"{checkpoint} doesn't say which parent it has", "name it with --against PARENT")
+        raise UsageError(f"{checkpoint} doesn't say which parent it has", "Name it with --against PARENT")
     console.note(f"parent: {parent['name']} (from the checkpoint's report)")
     return str(parent["name"])
 

@@ -34,6 +34,9 @@ def plan(
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="PNG", help="Draw the frontier (needs matplotlib).")
     ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Try two blocks, and say what memory and time the whole run takes.")
+    ] = False,
     numbers: options.Numbers,
     text: options.Text,
     device: options.Device = None,
@@ -47,7 +50,7 @@ def plan(
     if plot is not None:
         if resolved.select is None and calibration is None:
             raise UsageError(
-                "--plot draws the frontier, which needs sensitivities", "give a budget or --calibration DIR"
+                "--plot draws the frontier, which needs sensitivities", "Give a budget or --calibration DIR"
             )
         _refuse_without_matplotlib()
     log.to_file("plan")
@@ -76,7 +79,9 @@ def plan(
             made = select(resolved, walk, found)
         else:
             sizes = budget.sizes_of(walk, groups, resolved.transform_seed is not None)
-            made = budget.plan_of(walk, groups, [0] * len(groups), sizes, found)
+            made = budget.plan_of(
+                walk, groups, [0] * len(groups), sizes, found, budget.choose_cache(resolved, walk, found)
+            )
         prediction = dict(made.prediction or {})
         points = budget.frontier_of(resolved, walk, groups, found)
     if output is not None:
@@ -100,7 +105,7 @@ def _sensitivities(walk: Any, recipe: Any, directory: Path, groups: Sequence["Gr
     from atomcli.pipeline.calibrate import SETTINGS, calibrate, open_calibration
     from atomcli.pipeline.sensitivities import sensitivities_of
 
-    console.after_interruption = "the same command resumes the calibration"
+    console.after_interruption = "The same command resumes the calibration"
     with Progress() as progress:
         if (directory / SETTINGS).is_file():
             artifact = open_calibration(directory, walk.source)
@@ -169,7 +174,9 @@ def _refuse_without_matplotlib() -> None:
     from importlib.util import find_spec
 
     if find_spec("matplotlib") is None:
-        raise UsageError("--plot needs matplotlib, which is not installed", "pip install 'atomcli[report]'")
+        raise UsageError(
+            "--plot needs matplotlib, which is not installed", "Install it with `pip install 'atomcli[report]'`"
+        )
 
 
 def _draw(points: Sequence["Point"], prediction: dict[str, Any], path: Path) -> None:

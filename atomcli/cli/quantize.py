@@ -53,7 +53,7 @@ def quantize(
     out = output or options.default_output(model, resolved.name)
     if not force:
         if is_checkpoint(out):
-            raise UsageError(f"{out} holds a finished checkpoint", "give another -o, or replace it with --force")
+            raise UsageError(f"{out} holds a finished checkpoint", "Give another -o, or replace it with --force")
         refuse_occupied(out)
     log_file = log.to_file("quantize")
     from atomcli.checkpoint.source import open_source
@@ -61,7 +61,7 @@ def quantize(
     from atomcli.pipeline.compress import compress
 
     started = time.monotonic()
-    console.after_interruption = "finished blocks are kept: the same command continues after them"
+    console.after_interruption = "Finished blocks are kept: the same command continues after them"
     with meeting(device) as ranks, Progress() as progress:
         report = compress(
             open_source(model),

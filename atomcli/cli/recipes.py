@@ -62,12 +62,12 @@ def copy(
 
     load_recipe(recipe)
     if to.exists() and not force:
-        raise UsageError(f"{to} exists already", "name another file, or overwrite it with --force")
+        raise UsageError(f"{to} exists already", "Name another file, or overwrite it with --force")
     text = shipped_recipes().get(recipe, Path(recipe)).read_text(encoding="utf-8")
     try:
         to.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"{to} can't be written: {error.strerror}", "name another file") from error
+        raise UsageError(f"{to} can't be written: {error.strerror}", "Name another file") from error
     console.result({"recipe": recipe, "file": to}, f"{recipe} copied to {to}")
     console.note(f"next: atom recipes validate {to}")
 

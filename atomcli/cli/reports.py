@@ -55,12 +55,12 @@ def _refuse(report: Path | None, figures: Path | None) -> None:
     if report is not None:
         if report.suffix.lower() not in (".html", ".htm"):
             raise UsageError(
-                f"--report writes HTML, and {report} is named otherwise", f"try {report.with_suffix('.html')}"
+                f"--report writes HTML, and {report} is named otherwise", f"Try {report.with_suffix('.html')}"
             )
         if report.is_dir() or not report.resolve().parent.is_dir():
-            raise UsageError(f"--report can't be written to {report}", "name a file in a directory that exists")
+            raise UsageError(f"--report can't be written to {report}", "Name a file in a directory that exists")
     if figures is not None and figures.exists() and not figures.is_dir():
-        raise UsageError(f"--figures {figures} is a file", "name a directory")
+        raise UsageError(f"--figures {figures} is a file", "Name a directory")
 
 
 def _write(report: Path | None, figures: Path | None, document: dict[str, Any]) -> None:
@@ -77,7 +77,7 @@ def _write(report: Path | None, figures: Path | None, document: dict[str, Any]) 
             count = len(save_figures(sections, figures))
             console.note(f"figures: {count} files in {figures}")
     except OSError as error:
-        raise RunError(f"the report can't be written: {error.filename}: {error.strerror}") from error
+        raise RunError(f"The report can't be written: {error.filename}: {error.strerror}") from error
 
 
 def _title() -> str:

@@ -25,7 +25,7 @@ def systems(
     from atomcli.runtime.device import choose_device
 
     if (checkpoint is None) == (shape is None):
-        raise UsageError("name either a CHECKPOINT or a --shape", "atom bench model --shape llama-2-7b")
+        raise UsageError("Name either a CHECKPOINT or a --shape", "atom bench model --shape llama-2-7b")
     target = choose_device(device)
     if shape is not None:
         config = parent_config(shape)

@@ -112,11 +112,11 @@ def divergence(
     vocabulary = vocabulary_of(head)
     if vocabulary_of(parent_head) != vocabulary:
         raise InputError(
-            f"the parent predicts {vocabulary_of(parent_head)} tokens, the checkpoint {vocabulary}",
-            "compare a checkpoint with the model that it was made from",
+            f"The parent predicts {vocabulary_of(parent_head)} tokens, the checkpoint {vocabulary}",
+            "Compare a checkpoint with the model that it was made from",
         )
     if isinstance(parent, Recording) and not torch.equal(parent.windows, windows):
-        raise InputError("the parent was recorded on other windows than the checkpoint is measured on")
+        raise InputError("The parent was recorded on other windows than the checkpoint is measured on")
     check_windows(windows, vocabulary)
     for model in (parent, checkpoint):
         if not isinstance(model, Recording):

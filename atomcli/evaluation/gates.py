@@ -27,8 +27,9 @@ def check_gates(
         if not math.isfinite(limit) or limit < 0:
             raise UsageError(f"{option} {limit} is no limit; it must be a finite number of at least 0")
         if value is None:
-            raise UsageError(f"{option} needs {what}, which was not measured", "add --against PARENT")
+            raise UsageError(f"{option} needs {what}, which was not measured", "Add --against PARENT")
         if not value <= limit:  # so that NaN fails
             failures.append(f"{what} is {value:.4f}, above the limit {limit:g}")
     if failures:
-        raise ThresholdError("; ".join(failures))
+        message = "; ".join(failures)
+        raise ThresholdError(message[0].upper() + message[1:])

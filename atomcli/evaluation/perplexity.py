@@ -159,7 +159,7 @@ def _first_token(tokenizer: Any) -> int:
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:
             return int(token)
-    raise InputError("the tokenizer has neither a BOS nor an EOS token to predict a text's first token from")
+    raise InputError("The tokenizer has neither a BOS nor an EOS token to predict a text's first token from")
 
 
 def _exp(nats: float) -> float:

@@ -71,12 +71,12 @@ def negative_log_likelihoods(head: nn.Module, hidden: Tensor, targets: Tensor, r
 def check_windows(windows: Tensor, vocabulary: int) -> None:
     """InputError when windows (n, length) hold no target or a token the model has no embedding for."""
     if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
-        raise InputError(f"windows of shape {tuple(windows.shape)} predict nothing; (n ≥ 1, length ≥ 2) is needed")
+        raise InputError(f"Windows of shape {tuple(windows.shape)} predict nothing; (n ≥ 1, length ≥ 2) is needed")
     highest = int(windows.max())
     if highest >= vocabulary:
         raise InputError(
-            f"the text has token {highest}, the model knows {vocabulary} tokens",
-            "use the tokenizer that belongs to the model",
+            f"The text has token {highest}, the model knows {vocabulary} tokens",
+            "Use the tokenizer that belongs to the model",
         )
 
 

@@ -68,12 +68,12 @@ def evaluate(lm: Any, specs: Sequence[str | dict[str, Any]], limit: int | None =
     from lm_eval.tasks import TaskManager
 
     if not specs:
-        raise UsageError("no task was named", "name a JSON lines file or one of lm-eval's tasks")
+        raise UsageError("No task was named", "Name a JSON lines file or one of lm-eval's tasks")
     if limit is not None and limit < 1:
         raise UsageError(f"--limit {limit}: at least 1 question per task is needed")
     names = [spec if isinstance(spec, str) else spec["task"] for spec in specs]
     if len(set(names)) < len(names):
-        raise UsageError(f"two tasks have the same name: {', '.join(names)}", "rename one of the files")
+        raise UsageError(f"Two tasks have the same name: {', '.join(names)}", "Rename one of the files")
     with _quiet_lm_eval():
         manager = TaskManager(include_defaults=any(isinstance(spec, str) for spec in specs))
         _check_names([spec for spec in specs if isinstance(spec, str)], manager.all_tasks)
@@ -94,8 +94,8 @@ def evaluate(lm: Any, specs: Sequence[str | dict[str, Any]], limit: int | None =
         except OSError as error:  # what every client of the Hub raises, offline mode included
             reason = str(error).strip().splitlines()[0]
             raise InputError(
-                f"the data of {', '.join(names)} could not be had: {reason}",
-                "name local JSON lines files, which need no Hub",
+                f"The data of {', '.join(names)} could not be had: {reason}",
+                "Name local JSON lines files, which need no Hub",
             ) from error
     return collect(output)
 
@@ -143,7 +143,7 @@ def task_spec(task: str) -> str | dict[str, Any]:
         return file_task(path)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
-            raise InputError(f"the task file {task} does not exist")
+            raise InputError(f"The task file {task} does not exist")
         return str(path.resolve())
     return task
 
@@ -264,9 +264,9 @@ def _read_questions(path: Path) -> list[tuple[int, dict[str, Any]]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise InputError(f"the task file {path} is not UTF-8: byte {error.start}") from error
+        raise InputError(f"The task file {path} is not UTF-8: byte {error.start}") from error
     except OSError as error:
-        raise InputError(f"the task file {path} can't be read: {error.strerror}") from error
+        raise InputError(f"The task file {path} can't be read: {error.strerror}") from error
     questions = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -279,7 +279,7 @@ def _read_questions(path: Path) -> list[tuple[int, dict[str, Any]]]:
             raise InputError(f"{path}, line {number} is not a JSON object")
         questions.append((number, question))
     if not questions:
-        raise InputError(f"the task file {path} has no questions")
+        raise InputError(f"The task file {path} has no questions")
     return questions
 
 
@@ -311,7 +311,7 @@ def _check_names(names: Sequence[str], known: Sequence[str]) -> None:
             nearest = difflib.get_close_matches(name, known, n=1)
             raise InputError(
                 f"lm-eval has no task {name!r}, and no file of that name ends in .jsonl",
-                f"did you mean {nearest[0]!r}?" if nearest else "`lm-eval ls tasks` lists what it has",
+                f"Did you mean {nearest[0]!r}?" if nearest else "`lm-eval ls tasks` lists what it has",
             )
 
 

@@ -181,7 +181,7 @@ class Scheme:
             activations = ActivationFormat(**data.pop("activations"))
             return cls(weights, activations, **data)
         except (KeyError, TypeError, ValueError, UsageError) as error:
-            raise InputError(f"a saved scheme is not one: {str(error).rstrip('.')}") from error
+            raise InputError(f"A saved scheme is not one: {str(error).rstrip('.')}") from error
 
 
 @dataclass(frozen=True)
@@ -249,7 +249,7 @@ def scheme_named(name: str) -> Scheme:
     """
     matched = re.fullmatch(r"(.+?)(?:-g(\d+))?(?:-o(\d+))?", name)
     if matched is None or matched[1] not in SCHEMES:
-        raise UsageError(f"no scheme is called {name!r}; there are {', '.join(sorted(SCHEMES))}, and such with -gN -oN")
+        raise UsageError(f"No scheme is called {name!r}; there are {', '.join(sorted(SCHEMES))}, and such with -gN -oN")
     scheme = SCHEMES[matched[1]]
     if matched[2] is not None:
         group, weights, activations = int(matched[2]), scheme.weights, scheme.activations

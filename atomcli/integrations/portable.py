@@ -212,5 +212,5 @@ def refuse_untraded(target: Target, obstacles: Iterable[Obstacle], trades: Mappi
         options = " ".join(f"--trade {what}={each.remedies[0]}" for what, each in open_ones.items())
         raise UsageError(
             f"{target.name} can't hold {reasons}",
-            f"add {options} (what it costs is measured), or quantize by a recipe that ends in -plain",
+            f"Add {options} (what it costs is measured), or quantize by a recipe that ends in -plain",
         )

@@ -57,7 +57,7 @@ def find_route(reading: Reading, target: Target, trades: Mapping[What, str]) -> 
 def fresh(directory: Path) -> Path:
     """An empty directory to export into; an export is quick and starts over, but a run of `atom quantize` is left."""
     if (directory / JOURNAL).exists():
-        raise UsageError(f"{directory} holds an unfinished run of `atom quantize`", "choose another output with -o")
+        raise UsageError(f"{directory} holds an unfinished run of `atom quantize`", "Choose another output with -o")
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     return directory

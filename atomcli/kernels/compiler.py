@@ -116,8 +116,8 @@ def _nvrtc() -> Any:
         return nvrtc
     except Exception as error:  # CuPy reports a library it can't find by an exception of another package
         raise UnsupportedError(
-            f"the CUDA runtime compiler can't be loaded: {type(error).__name__}: {str(error).splitlines()[0]}",
-            "pip install 'cupy-cuda13x[ctk]'",
+            f"The CUDA runtime compiler can't be loaded: {type(error).__name__}: {str(error).splitlines()[0]}",
+            "Install it with `pip install 'cupy-cuda13x[ctk]'`",
         ) from error
 
 

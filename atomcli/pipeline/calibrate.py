@@ -81,14 +81,14 @@ class Calibration:
         sites = sorted({name.split(".")[0] for name in file.entries} - {KEYS})
         fields = ("energy", "minimum", "maximum", "tokens")
         if lacking := sorted({f"{site}.{field}" for site in sites for field in fields} - file.entries.keys()):
-            raise InputError(f"{file.path} lacks {lacking[0]}", "calibrate again")
+            raise InputError(f"{file.path} lacks {lacking[0]}", "Calibrate again")
         return {site: Statistics(*(file.read(f"{site}.{field}") for field in fields)) for site in sites}
 
     def key_mean(self, index: int) -> Tensor:
         """The mean key of each head of block `index` after RoPE, without bias, (kv_heads, head_dim) fp32."""
         file = TensorFile(self.directory / _statistics_file(index))
         if f"{KEYS}.mean" not in file.entries:
-            raise InputError(f"{file.path} lacks {KEYS}.mean, which a centered cache needs", "calibrate again")
+            raise InputError(f"{file.path} lacks {KEYS}.mean, which a centered cache needs", "Calibrate again")
         return file.read(f"{KEYS}.mean")
 
 
@@ -142,7 +142,7 @@ def calibrate(
             _LOG.info("%s is finished already", out)
             return open_calibration(out, source)
         raise UsageError(
-            f"{out} holds another calibration: {'; '.join(differences(found, identity))}", "choose another -o"
+            f"{out} holds another calibration: {'; '.join(differences(found, identity))}", "Choose another -o"
         )
     with opened(unfinished(out), identity, ranks) as journal:
         directory = journal.directory
@@ -186,20 +186,20 @@ def open_calibration(directory: Path, source: Source) -> Calibration:
         unfinished_one = unfinished(directory).is_dir()
         raise InputError(
             f"{directory} is no {'finished ' if unfinished_one else ''}calibration: it holds no {SETTINGS}",
-            "make one with `atom calibrate MODEL -o DIR`",
+            "Make one with `atom calibrate MODEL -o DIR`",
         )
     settings = read_json(directory / SETTINGS)
     identity = settings.get("identity")
     if not isinstance(identity, dict) or not isinstance(identity.get("calibration"), dict):
-        raise InputError(f"{directory / SETTINGS} is damaged: it doesn't say what was calibrated", "calibrate again")
+        raise InputError(f"{directory / SETTINGS} is damaged: it doesn't say what was calibrated", "Calibrate again")
     if identity.get("model") != source.fingerprint():
         raise InputError(
             f"{directory} was calibrated on another model ({settings.get('model')}), not on {source.name}",
-            f"make one with `atom calibrate {source.name} -o DIR`",
+            f"Make one with `atom calibrate {source.name} -o DIR`",
         )
     tokens = TensorFile(directory / TOKENS).read("tokens")
     if tokens_digest(tokens) != identity.get("tokens"):
-        raise InputError(f"{directory / TOKENS} is damaged", "calibrate again")
+        raise InputError(f"{directory / TOKENS} is damaged", "Calibrate again")
     files = settings.get("files")
     if not isinstance(files, dict) or not files:
         raise InputError(f"{directory / SETTINGS} is damaged: it has no digests of the statistics", _AGAIN)
@@ -358,11 +358,11 @@ def _statistics_file(index: int) -> str:
 def check_calibration_tokens(tokens: Tensor, walk: Walk) -> None:
     """Refuse tokens that are misshapen or that the model does not know."""
     if tokens.ndim != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
-        raise InputError(f"calibration tokens have shape {list(tokens.shape)}; expected (samples, at least 2 tokens)")
+        raise InputError(f"Calibration tokens have shape {list(tokens.shape)}; expected (samples, at least 2 tokens)")
     lowest, highest = (int(bound) for bound in torch.aminmax(tokens))
     if lowest < 0 or highest >= walk.config.vocab_size:
         token = min(lowest, 0) or highest
         raise InputError(
-            f"the calibration text has token {token}, but {walk.source.name} knows {walk.config.vocab_size} tokens",
+            f"The calibration text has token {token}, but {walk.source.name} knows {walk.config.vocab_size} tokens",
             "The tokenizer belongs to another model.",
         )

@@ -50,7 +50,7 @@ def locked(directory: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UsageError(
-                f"another atom is working in {directory}", "wait until it is done, or choose another output with -o"
+                f"Another atom is working in {directory}", "Wait until it is done, or choose another output with -o"
             ) from error
         yield
     finally:
@@ -103,13 +103,13 @@ class Journal:
             if data.get("version") == _VERSION and data.get("identity") == wanted:
                 steps, threads = data.get("steps"), data.get("threads")
                 if not isinstance(steps, list) or not isinstance(threads, int):
-                    raise InputError(f"{path} is damaged: it has no list of steps", f"delete {directory} and run again")
+                    raise InputError(f"{path} is damaged: it has no list of steps", f"Delete {directory} and run again")
                 return cls(directory, wanted, threads, steps)
             changed = "; ".join(differences(data.get("identity", {}), wanted)) or "the journal's version changed"
             if not restart:
                 raise UsageError(
                     f"{directory} holds an unfinished run that was started differently: {changed}",
-                    "repeat the command it was started with to continue it, or delete the directory to start over",
+                    "Repeat the command it was started with to continue it, or delete the directory to start over",
                 )
             _LOG.warning("starting over in %s: %s", directory, changed)
         else:
@@ -174,7 +174,7 @@ def _refuse_foreign(directory: Path) -> None:
     if foreign:
         raise UsageError(
             f"{directory} holds {foreign[0]}, but no journal of an unfinished run",
-            "move the directory away, or choose another output with -o",
+            "Move the directory away, or choose another output with -o",
         )
 
 

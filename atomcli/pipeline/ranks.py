@@ -213,7 +213,7 @@ def _of_a_peer(error: BaseException) -> BaseException:
     text = str(error).lower()
     if isinstance(error, RuntimeError) and any(word in text for word in ("peer", "connection", "remote process")):
         return RunError(
-            "another process of this run ended without saying why",
+            "Another process of this run ended without saying why",
             "Look at what the system says about it (out of memory?); the same command continues after the last block.",
         )
     return error
@@ -231,7 +231,7 @@ def _own_device(device: torch.device | str | None) -> torch.device:
     chosen = choose_device(device)
     if chosen.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
         raise UsageError(
-            f"--device {chosen} is one GPU for several processes", "leave --device out: each takes its own"
+            f"--device {chosen} is one GPU for several processes", "Leave --device out: each takes its own"
         )
     return chosen
 

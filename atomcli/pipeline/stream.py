@@ -46,7 +46,7 @@ class Stream:
         if not self.path.is_file() or self.path.stat().st_size != self.shape[0] * row:
             raise InputError(
                 f"{self.path}, which the journal mentions, is missing or has the wrong size",
-                f"delete {self.path.parent} and run the same command again",
+                f"Delete {self.path.parent} and run the same command again",
             )
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.rows.start * row)
@@ -58,7 +58,7 @@ class Stream:
                 while filled < len(view):
                     read = file.readinto(view[filled:])
                     if not read:
-                        raise InputError(f"{self.path} ended while it was read", "run the same command again")
+                        raise InputError(f"{self.path} ended while it was read", "Run the same command again")
                     filled += read
                 yield chunk
 

@@ -157,7 +157,7 @@ def test_results_that_can_not_be_written_are_one_sentence(form):
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1
-    assert done.stderr == "error: stdout can't be written: No space left on device\n"
+    assert done.stderr == "error: stdout can't be written: No space left on device.\n"
 
 
 def test_json_errors_are_one_document_on_stdout(atom):
@@ -178,13 +178,13 @@ def test_signals_are_interruptions(sent):
         "app.main(['doctor'])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "error: interrupted\n")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "error: Interrupted.\n")
 
 
 @pytest.mark.parametrize(
     ("raised", "code", "words"),
     [
-        (KeyboardInterrupt(), 130, "interrupted"),
+        (KeyboardInterrupt(), 130, "Interrupted"),
         (RuntimeError("the moon is full\nsecond line"), 1, "RuntimeError: the moon is full"),
         (MemoryError(), 1, "MemoryError"),
     ],

@@ -95,5 +95,5 @@ def test_chunks_change_nothing(tiny_model: Any, other_model: Any, monkeypatch: p
 
 
 def test_refuses_another_vocabulary(tiny_model: Any, model_maker: Any) -> None:
-    with pytest.raises(InputError, match="the parent predicts 97 tokens, the checkpoint 101"):
+    with pytest.raises(InputError, match="The parent predicts 97 tokens, the checkpoint 101"):
         divergence(tiny_model, model_maker(vocabulary=101), windows())

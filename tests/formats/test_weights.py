@@ -109,7 +109,7 @@ def test_schemes_survive_json() -> None:
     [{"outliers": "many"}, {"transform": "fourier"}, {"weights": 4}, {"weights": {"element": "int3"}}, {"a": 1}],
 )
 def test_a_damaged_scheme_is_a_wrong_file_not_a_wrong_command(change):
-    with pytest.raises(InputError, match="a saved scheme is not one"):
+    with pytest.raises(InputError, match="A saved scheme is not one"):
         Scheme.from_dict(SCHEMES["w4a4"].to_dict() | change)
 
 

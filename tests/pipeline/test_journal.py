@@ -82,7 +82,7 @@ def test_differences_name_every_value():
 
 
 def test_a_lock_ends_with_its_holder(tmp_path):
-    with locked(tmp_path), pytest.raises(UsageError, match="another atom"), locked(tmp_path):
+    with locked(tmp_path), pytest.raises(UsageError, match="Another atom"), locked(tmp_path):
         pass
     with locked(tmp_path):
         pass

@@ -206,7 +206,7 @@ def test_a_damaged_shard_of_an_interrupted_run_is_noticed(parent, tokens, tmp_pa
 
 
 def test_two_atoms_do_not_write_one_directory(parent, tokens, tmp_path):
-    with locked(tmp_path / "out.unfinished"), pytest.raises(UsageError, match="another atom is working"):
+    with locked(tmp_path / "out.unfinished"), pytest.raises(UsageError, match="Another atom is working"):
         compress(parent(), small_recipe(), tmp_path / "out", tokens=tokens, device="cpu")
 
 

@@ -1,15 +1,19 @@
 """llm-compressor: GPTQ, SpinQuant and QuIP into compressed-tensors, the formats that vLLM reads."""
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 from compressed_tensors.quantization import QuantizationScheme
 from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
+from compressed_tensors.transform import TransformConfig, apply_transform_config
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform import QuIPModifier, SpinQuantModifier
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from atomcli.benchmarks.drivers.run import parent_model, run, tokenizer
@@ -17,6 +21,7 @@ from atomcli.benchmarks.scores import Job
 
 # Sizes that are no power of two have Hadamard matrices only in the random family (576 = 16 × 36).
 ROTATION = "random-hadamard"
+_ROTATION_WEIGHT = re.compile(r"\.\w+_(input|output)\.weight$")
 
 
 def quantize(job: Job, out: Path) -> dict[str, Any]:
@@ -27,7 +32,9 @@ def quantize(job: Job, out: Path) -> dict[str, Any]:
         scheme.weights.group_size = job.group
     modifiers: list[Any] = []
     if "spinquant" in steps:
-        modifiers.append(SpinQuantModifier(rotations=["R1", "R2"], transform_type=ROTATION))
+        # R4, at run time before down_proj, is for quantized activations; R3 is for a quantized cache.
+        rotations = ["R1", "R2"] + ["R4"] * (scheme.input_activations is not None)
+        modifiers.append(SpinQuantModifier(rotations=rotations, transform_type=ROTATION))
     if "quip" in steps:
         modifiers.append(QuIPModifier(rotations=["v"], transform_type=ROTATION))
     rounding = GPTQModifier if "gptq" in steps else QuantizationModifier
@@ -53,7 +60,29 @@ def load(job: Job) -> Any:
     Weights are unpacked at once: left to itself it does so in the causal model's forward, which `base_model` goes past.
     """
     config = CompressedTensorsConfig(dequantize=True)
-    return AutoModelForCausalLM.from_pretrained(job.checkpoint, dtype="auto", quantization_config=config)
+    model = AutoModelForCausalLM.from_pretrained(job.checkpoint, dtype="auto", quantization_config=config)
+    _rotate_at_run_time(model, job.checkpoint)
+    return model
+
+
+def _rotate_at_run_time(model: Any, checkpoint: Path) -> None:
+    """Attach the rotations of inputs, which transformers leaves out, with the matrices that the checkpoint holds."""
+    saved = json.loads((checkpoint / "config.json").read_text())["quantization_config"].get("transform_config")
+    config = TransformConfig.model_validate(saved or {"config_groups": {}})
+    for scheme in config.config_groups.values():
+        scheme.apply = [each for each in scheme.apply if each.location in ("input", "output")]
+    groups = {name: scheme for name, scheme in config.config_groups.items() if scheme.apply}
+    if not groups:
+        return
+    apply_transform_config(model, TransformConfig(config_groups=groups))
+    # Linears of one size share a matrix, which is saved under the name of the first of them.
+    matrices = {name: parameter for name, parameter in model.named_parameters() if _ROTATION_WEIGHT.search(name)}
+    for path in checkpoint.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            for name in matrices.keys() & {*file.keys()}:
+                matrices.pop(name).data.copy_(file.get_tensor(name))
+    if matrices:
+        raise ValueError(f"the checkpoint lacks the rotation {next(iter(matrices))}")
 
 
 def _activations(scheme: QuantizationScheme) -> dict[str, Any] | None:

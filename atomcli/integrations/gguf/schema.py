@@ -103,7 +103,7 @@ def _rope(rope: dict[str, Any]) -> dict[str, Any]:
     if kind in ("default", "llama3"):
         return {}
     if kind not in ("linear", "yarn"):
-        raise UnsupportedError(f"the rotary embedding is scaled by {kind!r}, which GGUF has no key for")
+        raise UnsupportedError(f"The rotary embedding is scaled by {kind!r}, which GGUF has no key for")
     keys = {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
     if kind == "yarn":
         keys["rope.scaling.original_context_length"] = int(rope["original_max_position_embeddings"])
@@ -115,7 +115,7 @@ def _refuse_windows(config: PreTrainedConfig) -> None:
     everywhere = config.model_type in ("mistral", "mixtral", "qwen3_moe") and getattr(config, "sliding_window", None)
     if sliding or everywhere:
         raise UnsupportedError(
-            f"the model attends through a window of {config.sliding_window} tokens, which llama.cpp ignores for "
+            f"The model attends through a window of {config.sliding_window} tokens, which llama.cpp ignores for "
             f"{config.model_type}",
             "Export it to compressed-tensors.",
         )

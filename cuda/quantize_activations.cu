@@ -1,6 +1,6 @@
-// Quantizes the input of a linear layer and writes it as the operand that the GEMM reads, one CTA per token.
+// Quantizes the input of a linear layer and writes it as the operand that the GEMM reads, one CTA for TOKENS tokens.
 //
-//   stage      the row in shared memory, through (residual add +) RMSNorm or SiLU(gate) * up
+//   stage      the rows in shared memory, through (residual add +) RMSNorm or SiLU(gate) * up
 //   transform  gather by the layout's permutation, flip signs, Hadamard inside each block of 128 channels
 //   measure    the range of each group, and of the whole token
 //   encode     scales and codes by the rule of atomcli/formats/activations.py, bit for bit
@@ -8,7 +8,8 @@
 //
 // The body's channels fill k-blocks of 128, padded with zero channels; the outliers fill k-blocks of their own after it.
 // A block is worked on by 128 / CHANNELS neighbouring lanes, CHANNELS (4 or 16) consecutive channels each: few channels
-// are quick for a single token, many need fewer shuffles. Arithmetic that decides a code is written with rounding
+// are quick for a single token, many need fewer shuffles. Two TOKENS lie interleaved in shared memory, so that one gather
+// serves both. Arithmetic that decides a code is written with rounding
 // intrinsics: a contraction to FMA would move codes.
 
 #include "chain.cuh"
@@ -30,6 +31,7 @@ constexpr bool has_hadamard = HADAMARD;
 constexpr bool aligned = ALIGNED;        // rows, body and pointers allow 16-byte accesses
 constexpr int group = GROUP;             // channels per scale, 16 ... 128
 constexpr int channels_per_lane = CHANNELS;
+constexpr int tokens_per_cta = TOKENS;   // 1 or 2
 constexpr int blocks_per_lane = BLOCKS;  // k-blocks that a lane keeps in registers
 constexpr bool in_passes = PASSES;       // rows too long for that are transformed twice
 
@@ -40,7 +42,7 @@ constexpr bool overlaps = false;
 constexpr bool overlaps = true;  // this kernel may start before the previous one has ended
 #endif
 constexpr bool weight_ahead = overlaps && channels_per_lane == 4;  // with many tokens occupancy is worth more
-constexpr bool ahead = overlaps && has_table && !in_passes && blocks_per_lane * channels_per_lane <= 16;  // indices fit into registers
+constexpr bool ahead = overlaps && has_table && !in_passes && blocks_per_lane * channels_per_lane * tokens_per_cta <= 16;  // indices fit into registers
 constexpr int block_channels = 128;
 constexpr int lanes_per_block = block_channels / channels_per_lane;
 constexpr int groups_per_block = block_channels / group;
@@ -50,10 +52,10 @@ constexpr float grid_high = element == INT4 ? 7.0f : element == INT8 ? 127.0f : 
 constexpr float grid_low = element == INT4 ? -8.0f : -grid_high;  // a clipped range reaches beyond -7
 constexpr float int8_high = 127.0f;
 
-// What one CTA shares. The row follows it; row[channels] is a zero that padding channels gather.
+// What one CTA shares of each token. The rows follow, channel by channel; behind them come zeros that padding channels gather.
 struct Shared {
-  float partial_sums[32];   // one of each warp, of the squares of the row
-  unsigned absmax[2][32];   // one of each warp, of the body and of the outliers, as ordered integers
+  float partial_sums[32];  // one of each warp, of the squares of the row
+  unsigned absmax[2][32];  // one of each warp, of the body and of the outliers, as ordered integers
 };
 
 struct Shape {
@@ -71,53 +73,83 @@ template <int count> struct alignas(sizeof(Input) * count) Chunk {
 };
 constexpr int stage_width = aligned ? 16 / sizeof(Input) : 1;
 using StageChunk = Chunk<stage_width>;
+using Interleaved = Chunk<stage_width * tokens_per_cta>;
 
 __device__ __forceinline__ float silu(float gate) { return __fdiv_rn(gate, 1.0f + expf(-gate)); }
 
-__device__ __forceinline__ float sum_over_block(float value, Shared& shared) {
-  for (int distance = 16; distance; distance /= 2) value += __shfl_xor_sync(all_lanes, value, distance);
-  if (threadIdx.x % 32 == 0) shared.partial_sums[threadIdx.x / 32] = value;
+// Sums of each token over the CTA.
+__device__ __forceinline__ void sum_over_cta(float (&sums)[tokens_per_cta], Shared* shared) {
+#pragma unroll
+  for (int t = 0; t < tokens_per_cta; t++) {
+    for (int distance = 16; distance; distance /= 2) sums[t] += __shfl_xor_sync(all_lanes, sums[t], distance);
+    if (threadIdx.x % 32 == 0) shared[t].partial_sums[threadIdx.x / 32] = sums[t];
+  }
   __syncthreads();
-  float sum = threadIdx.x % 32 < blockDim.x / 32 ? shared.partial_sums[threadIdx.x % 32] : 0.0f;
-  for (int distance = 16; distance; distance /= 2) sum += __shfl_xor_sync(all_lanes, sum, distance);
-  return sum;
+#pragma unroll
+  for (int t = 0; t < tokens_per_cta; t++) {
+    sums[t] = threadIdx.x % 32 < blockDim.x / 32 ? shared[t].partial_sums[threadIdx.x % 32] : 0.0f;
+    for (int distance = 16; distance; distance /= 2) sums[t] += __shfl_xor_sync(all_lanes, sums[t], distance);
+  }
 }
 
-// Brings the token's row into shared memory, rounded to the input's dtype wherever torch would hold it in a tensor.
-__device__ __forceinline__ void stage_row(Input* row, Shared& shared, const Input* x, const Input* other, const Input* norm_weight,
-                                          const StageChunk& first_weight, Input* residual_out, Input* row_out, int channels, float epsilon, int unit_offset) {
-  float squares = 0.0f;
+// The rows that a CTA reads and writes: `exist` of them, at these strides.
+struct Rows {
+  const Input *x, *other, *norm_weight;
+  Input *residual_out, *row_out;
+  int x_stride, other_stride, channels, exist;
+};
+
+// Brings the tokens' rows into shared memory, rounded to the input's dtype wherever torch would hold them in a tensor.
+__device__ __forceinline__ void stage_rows(Input* staged, Shared* shared, const Rows& rows, const StageChunk& first_weight, float epsilon, int unit_offset) {
+  const int channels = rows.channels;
+  float squares[tokens_per_cta] = {};
   for (int channel = threadIdx.x * stage_width; channel < channels; channel += blockDim.x * stage_width) {
-    StageChunk in = *reinterpret_cast<const StageChunk*>(x + channel), second, out;
-    if (prologue == ADD_NORM || prologue == SILU_MUL) second = *reinterpret_cast<const StageChunk*>(other + channel);
+    Interleaved mixed;
 #pragma unroll
-    for (int i = 0; i < stage_width; i++) {
-      float value = to_float(in.values[i]);
-      if (prologue == ADD_NORM) value = rounded<Input>(value + to_float(second.values[i]));
-      if (prologue == SILU_MUL) value = rounded<Input>(silu(value)) * to_float(second.values[i]);
-      if (has_norm) squares += value * value;
-      out.values[i] = from_float<Input>(value);
-    }
-    *reinterpret_cast<StageChunk*>(row + channel) = out;
-    if (prologue == ADD_NORM) *reinterpret_cast<StageChunk*>(residual_out + channel) = out;
-    if (prologue == SILU_MUL && row_out) *reinterpret_cast<StageChunk*>(row_out + channel) = out;
-  }
-  if (threadIdx.x == 0) row[channels] = from_float<Input>(0.0f);
-  if (has_norm) {
-    float inverse = rsqrtf(sum_over_block(squares, shared) / (float)channels + epsilon);
-    for (int channel = threadIdx.x * stage_width; channel < channels; channel += blockDim.x * stage_width) {
-      StageChunk chunk = *reinterpret_cast<StageChunk*>(row + channel);
-      StageChunk weight = first_weight;
-      if (!weight_ahead || channel >= blockDim.x * stage_width) weight = *reinterpret_cast<const StageChunk*>(norm_weight + channel);
+    for (int t = 0; t < tokens_per_cta; t++) {
+      StageChunk in = {}, second = {}, out;
+      if (t < rows.exist) {
+        in = *reinterpret_cast<const StageChunk*>(rows.x + (size_t)t * rows.x_stride + channel);
+        if (prologue == ADD_NORM || prologue == SILU_MUL)
+          second = *reinterpret_cast<const StageChunk*>(rows.other + (size_t)t * rows.other_stride + channel);
+      }
 #pragma unroll
       for (int i = 0; i < stage_width; i++) {
-        float value = to_float(chunk.values[i]) * inverse, scale = to_float(weight.values[i]);
-        // Gemma keeps fp32 up to the product and stores its weights minus one; everybody else rounds in between.
-        value = unit_offset ? value * (1.0f + scale) : rounded<Input>(value) * scale;
-        chunk.values[i] = from_float<Input>(value);
+        float value = to_float(in.values[i]);
+        if (prologue == ADD_NORM) value = rounded<Input>(value + to_float(second.values[i]));
+        if (prologue == SILU_MUL) value = rounded<Input>(silu(value)) * to_float(second.values[i]);
+        if (has_norm) squares[t] += value * value;
+        out.values[i] = mixed.values[i * tokens_per_cta + t] = from_float<Input>(value);
       }
-      *reinterpret_cast<StageChunk*>(row + channel) = chunk;
-      if (row_out) *reinterpret_cast<StageChunk*>(row_out + channel) = chunk;
+      size_t offset = (size_t)t * channels + channel;
+      if (prologue == ADD_NORM && t < rows.exist) *reinterpret_cast<StageChunk*>(rows.residual_out + offset) = out;
+      if (prologue == SILU_MUL && rows.row_out && t < rows.exist) *reinterpret_cast<StageChunk*>(rows.row_out + offset) = out;
+    }
+    *reinterpret_cast<Interleaved*>(staged + channel * tokens_per_cta) = mixed;
+  }
+  if (threadIdx.x < tokens_per_cta) staged[channels * tokens_per_cta + threadIdx.x] = from_float<Input>(0.0f);
+  if (has_norm) {
+    sum_over_cta(squares, shared);
+    float inverse[tokens_per_cta];
+#pragma unroll
+    for (int t = 0; t < tokens_per_cta; t++) inverse[t] = rsqrtf(squares[t] / (float)channels + epsilon);
+    for (int channel = threadIdx.x * stage_width; channel < channels; channel += blockDim.x * stage_width) {
+      Interleaved mixed = *reinterpret_cast<Interleaved*>(staged + channel * tokens_per_cta);
+      StageChunk weight = first_weight;
+      if (!weight_ahead || channel >= blockDim.x * stage_width) weight = *reinterpret_cast<const StageChunk*>(rows.norm_weight + channel);
+#pragma unroll
+      for (int t = 0; t < tokens_per_cta; t++) {
+        StageChunk out;
+#pragma unroll
+        for (int i = 0; i < stage_width; i++) {
+          float value = to_float(mixed.values[i * tokens_per_cta + t]) * inverse[t], scale = to_float(weight.values[i]);
+          // Gemma keeps fp32 up to the product and stores its weights minus one; everybody else rounds in between.
+          value = unit_offset ? value * (1.0f + scale) : rounded<Input>(value) * scale;
+          out.values[i] = mixed.values[i * tokens_per_cta + t] = from_float<Input>(value);
+        }
+        if (rows.row_out && t < rows.exist) *reinterpret_cast<StageChunk*>(rows.row_out + (size_t)t * channels + channel) = out;
+      }
+      *reinterpret_cast<Interleaved*>(staged + channel * tokens_per_cta) = mixed;
     }
   }
   __syncthreads();
@@ -150,32 +182,38 @@ __device__ __forceinline__ void read_indices(LaneIndices& indices, const Index* 
     indices[i] = *reinterpret_cast<const Indices*>(table + block * block_channels + position + 4 * i);
 }
 
-// The lane's channels of one k-block, in the layout's order; padding channels are zero.
-__device__ __forceinline__ void gather(Values& values, const Input* row, const Index* table, const LaneIndices& known, int block, int position,
-                                       const Shape& shape) {
+// The lane's channels of one k-block of each token, in the layout's order; padding channels are zero.
+__device__ __forceinline__ void gather(Values (&values)[tokens_per_cta], const Input* staged, const Index* table, const LaneIndices& known, int block,
+                                       int position, const Shape& shape) {
   if (has_table) {
 #pragma unroll
     for (int i = 0; i < channels_per_lane; i += 4) {
       Indices four = ahead ? known[i / 4] : *reinterpret_cast<const Indices*>(table + block * block_channels + position + i);
 #pragma unroll
       for (int j = 0; j < 4; j++) {
-        float value = to_float(row[four.index[j] & (Index)~sign_bit]);
-        values[i + j] = four.index[j] & sign_bit ? -value : value;
+        int channel = four.index[j] & (Index)~sign_bit;
+        Chunk<tokens_per_cta> of_all = *reinterpret_cast<const Chunk<tokens_per_cta>*>(staged + channel * tokens_per_cta);
+#pragma unroll
+        for (int t = 0; t < tokens_per_cta; t++) {
+          float value = to_float(of_all.values[t]);
+          values[t][i + j] = four.index[j] & sign_bit ? -value : value;
+        }
       }
     }
   } else {
     int exist = channels_of(block, shape) - position;
-    const Input* source = row + first_channel(block, shape) + position;
-    if (aligned && exist >= channels_per_lane) {
+    const Input* source = staged + (first_channel(block, shape) + position) * tokens_per_cta;
 #pragma unroll
-      for (int i = 0; i < channels_per_lane; i += 4) {
-        Chunk<4> four = *reinterpret_cast<const Chunk<4>*>(source + i);
+    for (int i = 0; i < channels_per_lane; i += 4) {
+      if (aligned && exist >= channels_per_lane) {
+        Chunk<4 * tokens_per_cta> four = *reinterpret_cast<const Chunk<4 * tokens_per_cta>*>(source + i * tokens_per_cta);
 #pragma unroll
-        for (int j = 0; j < 4; j++) values[i + j] = to_float(four.values[j]);
+        for (int j = 0; j < 4 * tokens_per_cta; j++) values[j % tokens_per_cta][i + j / tokens_per_cta] = to_float(four.values[j]);
+      } else {
+#pragma unroll
+        for (int j = 0; j < 4 * tokens_per_cta; j++)
+          values[j % tokens_per_cta][i + j / tokens_per_cta] = i + j / tokens_per_cta < exist ? to_float(source[i * tokens_per_cta + j]) : 0.0f;
       }
-    } else {
-#pragma unroll
-      for (int i = 0; i < channels_per_lane; i++) values[i] = i < exist ? to_float(source[i]) : 0.0f;
     }
   }
 }
@@ -221,18 +259,22 @@ template <bool ragged> __device__ __forceinline__ void hadamard(Values& values, 
   }
 }
 
-__device__ __forceinline__ void transform(Values& values, const Input* row, const Index* table, const LaneIndices& known, int block, int position,
-                                          const Shape& shape) {
+__device__ __forceinline__ void transform(Values (&values)[tokens_per_cta], const Input* staged, const Index* table, const LaneIndices& known, int block,
+                                          int position, const Shape& shape) {
   if (block < shape.blocks) {
-    gather(values, row, table, known, block, position, shape);
+    gather(values, staged, table, known, block, position, shape);
   } else {
 #pragma unroll
-    for (int i = 0; i < channels_per_lane; i++) values[i] = 0.0f;
+    for (int i = 0; i < channels_per_lane * tokens_per_cta; i++) values[i % tokens_per_cta][i / tokens_per_cta] = 0.0f;
   }
   if (has_hadamard) {
     int exist = block < shape.blocks ? channels_of(block, shape) : block_channels;
-    if (__any_sync(all_lanes, exist != block_channels)) hadamard<true>(values, position, exist);
-    else hadamard<false>(values, position, exist);
+    bool ragged = __any_sync(all_lanes, exist != block_channels);
+#pragma unroll
+    for (int t = 0; t < tokens_per_cta; t++) {
+      if (ragged) hadamard<true>(values[t], position, exist);
+      else hadamard<false>(values[t], position, exist);
+    }
   }
 }
 
@@ -407,17 +449,17 @@ __device__ __forceinline__ size_t scale_address(int block, int group_of_block, i
 // row_out (or null) what the layer's input is before the transform. operand: body k-blocks, outlier_operand: theirs.
 // token_scale, outlier_scale (padded_tokens,) fp32; group_scales (groups, padded_tokens) of S8, otherwise
 // (k-blocks, padded_tokens, groups of a block): as stored, fp16 or bytes, and for the e4m3 container what they are worth, fp32.
-// CTAs past `tokens` fill the padding rows with zeros.
+// Tokens past `tokens` are padding rows of zeros.
 extern "C" __global__ void __launch_bounds__(THREADS)
 quantize_activations(const Input* x, const Input* other, const Input* norm_weight, const Index* table, Input* residual_out, Input* row_out,
                      unsigned char* operand, unsigned char* outlier_operand, float* token_scale, float* outlier_scale,
                      unsigned char* group_scales, int tokens, int padded_tokens, int channels, int body, int x_stride, int other_stride,
                      float clip, float token_factor, float group_factor, float epsilon, int unit_offset) {
   extern __shared__ __align__(16) unsigned char shared_bytes[];
-  Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
-  Input* row = reinterpret_cast<Input*>(shared_bytes + sizeof(Shared));
+  Shared* shared = reinterpret_cast<Shared*>(shared_bytes);
+  Input* staged = reinterpret_cast<Input*>(shared_bytes + sizeof(Shared) * tokens_per_cta);
 
-  int token = blockIdx.x;
+  int first_token = blockIdx.x * tokens_per_cta;
   Factors factors = {clip, token_factor, group_factor};
   Shape shape = {channels, body, (body + 127) / 128, (body + 127) / 128 + (channels - body + 127) / 128};
   int slot = threadIdx.x / lanes_per_block, slots = blockDim.x / lanes_per_block;
@@ -435,18 +477,19 @@ quantize_activations(const Input* x, const Input* other, const Input* norm_weigh
   int first = threadIdx.x * stage_width;
   if (weight_ahead && has_norm && first < channels) first_weight = *reinterpret_cast<const StageChunk*>(norm_weight + first);
   wait_for_previous_kernel();
-  if (token < tokens) {
-    size_t offset = (size_t)token * channels;
-    stage_row(row, shared, x + (size_t)token * x_stride, other + (size_t)token * other_stride, norm_weight, first_weight, residual_out + offset,
-              row_out ? row_out + offset : nullptr, channels, epsilon, unit_offset);
+  if (first_token < tokens) {
+    size_t offset = (size_t)first_token * channels;
+    Rows rows = {x + (size_t)first_token * x_stride, other + (size_t)first_token * other_stride, norm_weight, residual_out + offset,
+                 row_out ? row_out + offset : nullptr, x_stride, other_stride, channels, min(tokens - first_token, tokens_per_cta)};
+    stage_rows(staged, shared, rows, first_weight, epsilon, unit_offset);
   } else {
-    for (int channel = threadIdx.x; channel <= channels; channel += blockDim.x) row[channel] = from_float<Input>(0.0f);
+    for (int i = threadIdx.x; i < (channels + 1) * tokens_per_cta; i += blockDim.x) staged[i] = from_float<Input>(0.0f);
     __syncthreads();
   }
 
-  float values[blocks_per_lane][channels_per_lane];
-  Range ranges[blocks_per_lane];
-  float absmax = 0.0f, outlier_absmax = 0.0f;
+  float values[blocks_per_lane][tokens_per_cta][channels_per_lane];
+  Range ranges[blocks_per_lane][tokens_per_cta];
+  float absmax[tokens_per_cta] = {}, outlier_absmax[tokens_per_cta] = {};
   constexpr int stride = blocks_per_lane;
   int passes = in_passes ? (shape.blocks + stride * slots - 1) / (stride * slots) : 1;
 #pragma unroll 1
@@ -454,24 +497,34 @@ quantize_activations(const Input* x, const Input* other, const Input* norm_weigh
 #pragma unroll
     for (int i = 0; i < blocks_per_lane; i++) {
       int block = slot + (pass * stride + i) * slots;
-      transform(values[i], row, table, indices[i], block, position, shape);
-      ranges[i] = group_range(values[i]);
-      float reach = absmax_of(ranges[i]);
-      absmax = fmaxf(absmax, block < shape.body_blocks ? reach : 0.0f);
-      outlier_absmax = fmaxf(outlier_absmax, block < shape.body_blocks ? 0.0f : reach);
+      transform(values[i], staged, table, indices[i], block, position, shape);
+#pragma unroll
+      for (int t = 0; t < tokens_per_cta; t++) {
+        ranges[i][t] = group_range(values[i][t]);
+        float reach = absmax_of(ranges[i][t]);
+        absmax[t] = fmaxf(absmax[t], block < shape.body_blocks ? reach : 0.0f);
+        outlier_absmax[t] = fmaxf(outlier_absmax[t], block < shape.body_blocks ? 0.0f : reach);
+      }
     }
   }
-  share_absmax(shared.absmax[0], absmax);
-  share_absmax(shared.absmax[1], outlier_absmax);
+#pragma unroll
+  for (int t = 0; t < tokens_per_cta; t++) {
+    share_absmax(shared[t].absmax[0], absmax[t]);
+    share_absmax(shared[t].absmax[1], outlier_absmax[t]);
+  }
   __syncthreads();
 
-  float body_scale = token_scale_of(shared_absmax(shared.absmax[0]), factors);
-  float body_inverse = reciprocal_or_zero(body_scale);
-  float outliers_scale = __fmul_rn(shared_absmax(shared.absmax[1]), per_int8);
-  float outliers_inverse = reciprocal_or_zero(outliers_scale);
-  if (threadIdx.x == 0) {
-    token_scale[token] = body_scale;
-    outlier_scale[token] = outliers_scale;
+  float body_scale[tokens_per_cta], body_inverse[tokens_per_cta], outliers_inverse[tokens_per_cta];
+#pragma unroll
+  for (int t = 0; t < tokens_per_cta; t++) {
+    body_scale[t] = token_scale_of(shared_absmax(shared[t].absmax[0]), factors);
+    body_inverse[t] = reciprocal_or_zero(body_scale[t]);
+    float outliers_scale = __fmul_rn(shared_absmax(shared[t].absmax[1]), per_int8);
+    outliers_inverse[t] = reciprocal_or_zero(outliers_scale);
+    if (threadIdx.x == 0) {
+      token_scale[first_token + t] = body_scale[t];
+      outlier_scale[first_token + t] = outliers_scale;
+    }
   }
   constexpr int scale_bytes = container == E4M3 ? 4 : scales == FP16_GROUP ? 2 : 1;
   constexpr bool has_group_scales = scales == FP16_GROUP || scales == E8M0_GROUP || scales == E4M3_GROUP;
@@ -481,25 +534,30 @@ quantize_activations(const Input* x, const Input* other, const Input* norm_weigh
     for (int i = 0; i < blocks_per_lane; i++) {
       int block = slot + (pass * stride + i) * slots;
       if (in_passes) {
-        transform(values[i], row, table, indices[i], block, position, shape);
-        ranges[i] = group_range(values[i]);
+        transform(values[i], staged, table, indices[i], block, position, shape);
+#pragma unroll
+        for (int t = 0; t < tokens_per_cta; t++) ranges[i][t] = group_range(values[i][t]);
       }
       if (block >= shape.blocks) continue;
-      unsigned codes[channels_per_lane];
-      if (block < shape.body_blocks) {
-        size_t scale_index = scale_address(block, position / group, token, padded_tokens);
-        encode_body(codes, values[i], ranges[i], body_scale, body_inverse, factors, group_scales + scale_index * scale_bytes,
-                    has_group_scales && position % group == 0);
-        if (scales == TWO_LEVEL_ASYMMETRIC) {  // a zero channel of a ragged group has a level too, but its weight does not exist
-          int exist = channels_of(block, shape) - position;
 #pragma unroll
-          for (int j = 0; j < channels_per_lane; j++) codes[j] = j < exist ? codes[j] : 0u;
+      for (int t = 0; t < tokens_per_cta; t++) {
+        int token = first_token + t;
+        unsigned codes[channels_per_lane];
+        if (block < shape.body_blocks) {
+          size_t scale_index = scale_address(block, position / group, token, padded_tokens);
+          encode_body(codes, values[i][t], ranges[i][t], body_scale[t], body_inverse[t], factors, group_scales + scale_index * scale_bytes,
+                      has_group_scales && position % group == 0);
+          if (scales == TWO_LEVEL_ASYMMETRIC) {  // a zero channel of a ragged group has a level too, but its weight does not exist
+            int exist = channels_of(block, shape) - position;
+#pragma unroll
+            for (int j = 0; j < channels_per_lane; j++) codes[j] = j < exist ? codes[j] : 0u;
+          }
+          if (container == NIBBLE) store_codes<4>(operand + nibble_address(block, position, token, padded_tokens), codes);
+          else store_codes<8>(operand + byte_address(block, position, token, padded_tokens), codes);
+        } else {
+          encode_outliers(codes, values[i][t], outliers_inverse[t]);
+          store_codes<8>(outlier_operand + byte_address(block - shape.body_blocks, position, token, padded_tokens), codes);
         }
-        if (container == NIBBLE) store_codes<4>(operand + nibble_address(block, position, token, padded_tokens), codes);
-        else store_codes<8>(operand + byte_address(block, position, token, padded_tokens), codes);
-      } else {
-        encode_outliers(codes, values[i], outliers_inverse);
-        store_codes<8>(outlier_operand + byte_address(block - shape.body_blocks, position, token, padded_tokens), codes);
       }
     }
   }

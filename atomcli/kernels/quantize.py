@@ -20,7 +20,8 @@ SOURCE = "quantize_activations.cu"
 ENTRY = "quantize_activations"
 BLOCK = 128  # channels of a k-block
 MAX_THREADS = 1024
-SHARED_HEADER = 384  # struct Shared
+SHARED_HEADER = 384  # struct Shared, of each token
+PAIRED_BLOCKS = 96  # k-blocks of a row up to which two rows fit into the registers of one block
 SHARED_LIMIT = 99 << 10  # of one block, on the smallest card served (sm_86, sm_89)
 FEW_TOKENS = 264  # below, latency decides: 4 channels per lane. Two blocks of an H100's 132 SMs
 INPUTS = {torch.float32: "float", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -185,6 +186,7 @@ class Launch(NamedTuple):
     defines: dict[str, int | str]
     threads: int
     shared_bytes: int
+    tokens: int  # of one block
 
 
 def plan(
@@ -199,15 +201,22 @@ def plan(
     hadamard: bool,
     aligned: bool,
 ) -> Launch:
-    """Compile-time parameters and launch shape: each lane keeps 4 or 16 channels of up to 8 k-blocks in registers."""
+    """Compile-time parameters and launch shape: each lane keeps 4 or 16 channels of up to 8 k-blocks in registers.
+
+    Of many tokens, two share a block where shared memory and registers hold both.
+    """
     blocks = -(-body // BLOCK) + -(-(channels - body) // BLOCK)
     channels_per_lane = 4 if tokens <= FEW_TOKENS and blocks <= 8 * MAX_THREADS // 32 else 16
     lanes = BLOCK // channels_per_lane
     slots = MAX_THREADS // lanes
+    row_bytes = SHARED_HEADER + (channels + 1) * dtype.itemsize
+    paired = channels_per_lane == 16 and blocks <= PAIRED_BLOCKS and 2 * row_bytes <= SHARED_LIMIT
     # A single token is done soonest by the whole SM; of many, smaller blocks hide each other's waits.
     per_lane = (
         next(n for n in (1, 2, 4, 8) if n * slots >= blocks or n == 8)
         if channels_per_lane == 4
+        else 1
+        if paired
         else min(2, -(-blocks // 64))
     )
     per_lane = max(per_lane, 1)
@@ -230,12 +239,13 @@ def plan(
         "HADAMARD": int(hadamard),
         "ALIGNED": int(aligned),
         "GROUP": format.group or BLOCK,
+        "TOKENS": 1 + paired,
         "CHANNELS": channels_per_lane,
         "BLOCKS": per_lane,
         "PASSES": int(per_lane * threads // lanes < blocks),
         "THREADS": threads,
     }
-    return Launch(defines, threads, SHARED_HEADER + (channels + 1) * dtype.itemsize)
+    return Launch(defines, threads, row_bytes * (1 + paired), 1 + paired)
 
 
 def launch(
@@ -277,8 +287,8 @@ def launch(
     if container != "nibble":
         outlier_codes = codes[-(-body // BLOCK) :]
     load(how).launch(
-        padded, how.threads, x, other, weight, table, total, row if want_row else None, codes, outlier_codes,
-        token_scale, outlier_scale, group_scales, tokens, padded, channels, body, x.stride(0),
+        padded // how.tokens, how.threads, x, other, weight, table, total, row if want_row else None, codes,
+        outlier_codes, token_scale, outlier_scale, group_scales, tokens, padded, channels, body, x.stride(0),
         0 if other is None else other.stride(0), float(format.clip), *factors(format), float(epsilon),
         int(unit_offset), overlap=True,
     )  # fmt: skip

@@ -21,6 +21,7 @@ COMMANDS = [
     ["bench", "gemm"],
     ["bench", "attention"],
     ["bench", "accuracy"],
+    ["bench", "vllm"],
     ["inspect"],
     ["recipes"],
     ["recipes", "list"],

@@ -8,6 +8,7 @@ weights come from memory, and all meet the same clock.
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -128,35 +129,50 @@ def _limit(bytes_moved: float, operations: float) -> float:
 # ---------------------------------------------------------------------------------------------- ours
 
 
+Before = Literal["nothing", "quantize", "norm", "norm and quantize"]
+SUFFIXES: dict[Before, str] = {
+    "nothing": "",
+    "quantize": " + quantize",
+    "norm": " + torch rms_norm",  # on an operand that is there: what the fused kernel below replaces
+    "norm and quantize": " + norm and quantize in one",
+}
+
+
 def _ours(scheme: Scheme) -> list[Contender]:
-    """The GEMM alone, and with the kernel that quantizes its input."""
+    """The GEMM alone, and after what comes before it in a model."""
     bits = scheme.weights.grid.bits
     stored = bits + (8 / scheme.weights.group if scheme.weights.group else 0)
-    return [
-        Contender(f"atom {scheme.name}", stored, lambda n, k, m, copies: _products(scheme, n, k, m, copies, False)),
-        Contender(
-            f"atom {scheme.name} + quantize", stored, lambda n, k, m, copies: _products(scheme, n, k, m, copies, True)
-        ),
-    ]
+
+    def contender(before: Before, suffix: str) -> Contender:
+        return Contender(
+            f"atom {scheme.name}{suffix}", stored, lambda n, k, m, copies: _products(scheme, n, k, m, copies, before)
+        )
+
+    return [contender(before, suffix) for before, suffix in SUFFIXES.items()]
 
 
 def _products(
-    scheme: Scheme, out_features: int, in_features: int, tokens: int, copies: int, fused: bool
+    scheme: Scheme, out_features: int, in_features: int, tokens: int, copies: int, before: Before
 ) -> list[Product]:
     reason = dispatch.choose(scheme, "cuda", in_features).reason or layouts.scheme_reason(scheme)
     if reason:
         raise UnsupportedError(reason)
-    kernel_layout = quantize.prepare_layout(_layout(scheme, in_features), "cuda")
+    layout = quantize.prepare_layout(_layout(scheme, in_features), "cuda")
     x = torch.randn(tokens, in_features, device="cuda", dtype=torch.bfloat16)
-    operand = quantize.quantize(x, scheme, kernel_layout)
+    norm = torch.rand(in_features, device="cuda", dtype=torch.bfloat16)
+    operand = quantize.quantize(x, scheme, layout)
     weights = [_random_weight(scheme, out_features, in_features) for _ in range(copies)]
 
-    def product(weight: layouts.GemmWeight) -> Product:
-        if fused:
-            return lambda: gemm.linear(quantize.quantize(x, scheme, kernel_layout), weight, tokens, torch.bfloat16)
-        return lambda: gemm.linear(operand, weight, tokens, torch.bfloat16)
+    def prepared() -> quantize.Operand:
+        if before == "quantize":
+            return quantize.quantize(x, scheme, layout)
+        if before == "norm and quantize":
+            return quantize.norm_quantize(x, norm, 1e-6, scheme, layout)[0]
+        if before == "norm":
+            torch.nn.functional.rms_norm(x, (in_features,), norm, 1e-6)
+        return operand
 
-    return [product(weight) for weight in weights]
+    return [lambda weight=weight: gemm.linear(prepared(), weight, tokens, torch.bfloat16) for weight in weights]  # type: ignore[misc]
 
 
 def tune_gemm(scheme: Scheme, out_features: int, in_features: int, tokens: int) -> Tile:

@@ -238,8 +238,12 @@ def _stackable(first: QuantLinear, second: QuantLinear) -> bool:
 
 def _product(linears: Sequence[QuantLinear], biased: Sequence[bool]) -> _Product:
     stacked = stack_rows([linear.weight_tensors for linear in linears])
+    stored = sum(map(_stored_bytes, linears))
     bias = _stacked_bias(linears, biased, torch.float32)
-    return _Product(dispatch.prepare(stacked, linears[0].layout), bias, sum(map(_stored_bytes, linears)))
+    product = dispatch.prepare(stacked, linears[0].layout)
+    for linear in linears:
+        linear.keep_on_host()  # the stack is the only copy on the card
+    return _Product(product, bias, stored)
 
 
 def _stored_bytes(linear: QuantLinear) -> int:

@@ -113,15 +113,17 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class Sensitivities:
-    """All groups of a model, and two divergences that tie their sum to the whole.
+    """All groups of a model, its caches, and two divergences that tie their sum to the whole.
 
     `cache_kld` is that of the quantized cache alone, `joint_kld` that of cache and all reference schemes together:
-    errors that meet are not quite independent, and the ratio of the whole to the sum says by how much.
+    errors that meet are not quite independent, and the ratio of the whole to the sum says by how much. `caches` has the
+    divergence that the cache of each block causes alone; empty where none is quantized.
     """
 
     groups: tuple[Sensitivity, ...]
     cache_kld: float
     joint_kld: float
+    caches: tuple[float, ...] = ()
 
     @property
     def interaction(self) -> float:
@@ -131,5 +133,10 @@ class Sensitivities:
 
     @property
     def floor(self) -> float:
-        """The divergence that no choice of schemes avoids: the cache's."""
+        """The divergence that no choice of schemes avoids: that of the cache as it was measured."""
         return self.cache_kld * self.interaction
+
+    def cache_loss(self, index: int, share: float = 1.0) -> float:
+        """The divergence of block `index`'s cache in the model as a whole, if its squared error were this share."""
+        total = sum(self.caches)
+        return share * self.floor * self.caches[index] / total if total > 0 else 0.0

@@ -194,7 +194,8 @@ def _parsed(path: Path, quantization: dict[str, Any]) -> dict[str, tuple[dict[st
             rows, columns = int(spec["out_features"]), int(spec["in_features"])
             schemes[name].body(columns)  # raises when the outliers leave no body
             parsed[linear] = (spec, schemes[name], rows, columns)
-        KVFormat(**quantization["kv_cache"])
+        for kv in (quantization["kv_cache"], *quantization.get("kv_cache_blocks", {}).values()):
+            KVFormat(**kv)
     except (KeyError, TypeError, ValueError, AttributeError, AtomError) as error:
         why = f"it lacks {error}" if isinstance(error, KeyError) else one_line(error)
         raise InputError(f"quantization_config in {path / CONFIG} can't be read: {why}", _AGAIN) from error

@@ -11,7 +11,7 @@ from atomcli.cli import log, options
 from atomcli.cli.command import command
 from atomcli.cli.console import Table, console
 from atomcli.errors import UsageError
-from atomcli.units import byte_count
+from atomcli.units import byte_count, duration
 
 if TYPE_CHECKING:
     from atomcli.pipeline.budget import Point
@@ -35,7 +35,7 @@ def plan(
         Path | None, typer.Option("--plot", metavar="PNG", help="Draw the frontier (needs matplotlib).")
     ] = None,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Try two blocks, and say what memory and time the whole run takes.")
+        bool, typer.Option("--measure", help="Try three blocks: memory and time of the whole run.")
     ] = False,
     numbers: options.Numbers,
     text: options.Text,
@@ -89,6 +89,8 @@ def plan(
     if plot is not None:
         _draw(points, prediction, plot)
     _say(model, made, groups, prediction, points)
+    if measure:
+        _say_forecast(source, resolved, walk.device)
     if output is not None:
         same = options.flags(
             recipe=recipe,
@@ -115,6 +117,21 @@ def _sensitivities(walk: Any, recipe: Any, directory: Path, groups: Sequence["Gr
             artifact = calibrate(walk.source, recipe, directory, device=walk.device, progress=progress)
             console.note(f"calibration in {directory}: --calibration {directory} uses it again")
         return sensitivities_of(walk, recipe, artifact, groups, progress)
+
+
+def _say_forecast(source: Any, recipe: Any, device: Any) -> None:
+    """What the run takes, tried on a few blocks in the current directory, where it would write."""
+    from atomcli.pipeline.forecast import forecast
+
+    console.note("trying three blocks")
+    found = forecast(source, recipe, Path(), device)
+    table = Table(["what the run takes", ">"])
+    table.add("time", f"{duration(found.seconds)} ({found.seconds_per_block:.1f} s a block)")
+    table.add("host memory", byte_count(found.host_bytes))
+    if found.gpu_bytes is not None:
+        table.add("GPU memory", byte_count(found.gpu_bytes))
+    table.add("disk", byte_count(found.disk_bytes))
+    console.result({"run": vars(found)}, "", table)
 
 
 def _say(

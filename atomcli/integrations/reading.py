@@ -130,7 +130,7 @@ class Reading:
 
     def rebuilt(self, index: int, linears: dict[str, nn.Module], plan: Plan | None = None) -> nn.Module:
         """Block `index` around these linears in place of its quantized ones; without a plan the cache is in 16 bits."""
-        block = empty_block(self.family, self.config, index, *([] if plan is None else [plan.kv_cache]))
+        block = empty_block(self.family, self.config, index, *([] if plan is None else [plan.cache_of(index)]))
         for name, module in linears.items():
             block.set_submodule(name, module)
         own = {f"{name}.{suffix}" for name, module in linears.items() for suffix in module.state_dict()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,17 @@ from atomcli.algorithms.allocation import OutOfReach, Table, allocate, cost_rang
 from atomcli.algorithms.sensitivity import Sensitivities
 from atomcli.checkpoint.files import read_json
 from atomcli.errors import InputError, UsageError
-from atomcli.formats.scheme import Scheme
+from atomcli.formats.scheme import KVFormat, Scheme
 from atomcli.formats.weights import tensor_layout
+from atomcli.models.block import head_dim
 from atomcli.models.tensors import block_shapes, outer_shapes
 from atomcli.pipeline.model import Walk, full_name
-from atomcli.pipeline.select import Group, Plan
+from atomcli.pipeline.select import Group, Plan, uniform
 from atomcli.recipe import Recipe
 from atomcli.runtime.linear import permutation_dtype
+
+# Squared error of 256 levels over the same range, in that of 16.
+_INT8_SHARE = (15 / 255) ** 2
 
 
 @dataclass(frozen=True)
@@ -91,18 +95,64 @@ def choose(recipe: Recipe, walk: Walk, groups: Sequence[Group], sensitivities: S
     assert recipe.select is not None
     losses = loss_table(groups, sensitivities)
     sizes = sizes_of(walk, groups, recipe.transform_seed is not None)
+    cache = choose_cache(recipe, walk, sensitivities)
     name, budget = recipe.select.budget
     rest = 0.0
     try:
         if name == "max_kld":
-            rest = sensitivities.floor
+            rest = cache.kld
             best = allocate(sizes.table, losses, budget - rest)
         else:
             costs, limit, rest = _costs(recipe, walk, groups)
             best = allocate(losses, costs, limit)
     except OutOfReach as refused:
         raise _refusal(recipe, walk, groups, refused.nearest + rest) from refused
-    return plan_of(walk, groups, best.choice, sizes, sensitivities, {name: budget})
+    return plan_of(walk, groups, best.choice, sizes, sensitivities, cache, {name: budget})
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The cache of every block, stored bits per cached number over all of them, and the predicted divergence."""
+
+    formats: tuple[KVFormat, ...]
+    bits: float
+    kld: float
+
+    def report(self) -> dict[str, Any]:
+        """What a plan says of it."""
+        eight = [index for index, kv in enumerate(self.formats) if kv.element == "int8"]
+        return {"bits": self.bits, "int8": eight, "kld": self.kld}
+
+
+def choose_cache(recipe: Recipe, walk: Walk, sensitivities: Sensitivities) -> Cache:
+    """The recipe's cache, or with `select.kv_bits` the best one: blocks in INT8 as far as that budget reaches.
+
+    Raises UsageError when the recipe's own cache takes more.
+    """
+    own = uniform(recipe, walk).cache
+    choices = [[kv, replace(kv, element="int8")] if kv.element == "int4" else [kv] for kv in own]
+    # Same range, 17 times the steps: the error of INT8 follows from that of INT4.
+    losses = [
+        [sensitivities.cache_loss(index, share) for share in (1.0, _INT8_SHARE)[: len(row)]]
+        for index, row in enumerate(choices)
+    ]
+    bits = [[kv.bits_per_value(head_dim(walk.config)) / len(own) for kv in row] for row in choices]
+    budget = recipe.select.kv_bits if recipe.select is not None else None
+    if budget is None:
+        best = [0] * len(own)
+    else:
+        try:
+            best = list(allocate(losses, bits, budget).choice)
+        except OutOfReach as refused:
+            raise UsageError(
+                f"kv_bits {budget:g} can't be met: the recipe's cache takes {refused.nearest:.4g}",
+                "Raise select.kv_bits, or choose another kv_cache.format",
+            ) from refused
+    return Cache(
+        tuple(row[pick] for row, pick in zip(choices, best, strict=True)),
+        sum(row[pick] for row, pick in zip(bits, best, strict=True)),
+        sum(row[pick] for row, pick in zip(losses, best, strict=True)),
+    )
 
 
 def plan_of(
@@ -111,6 +161,7 @@ def plan_of(
     choice: Sequence[int],
     sizes: Sizes,
     sensitivities: Sensitivities,
+    cache: Cache,
     budget: dict[str, float] | None = None,
 ) -> Plan:
     """The plan in which each group takes the candidate with the index in `choice`, and what is expected of it."""
@@ -125,13 +176,14 @@ def plan_of(
     loss = sum(row[index] for row, index in zip(losses, choice, strict=True))
     prediction: dict[str, Any] = {
         "budget": budget,
-        "kld": loss + sensitivities.floor,
+        "kld": loss + cache.kld,
         "bytes": int(group_bytes) + sizes.rest,
         "bits_per_weight": sizes.bits_per_weight(group_bytes),
         "groups": chosen,
+        "cache": cache.report(),
     }
     # In the order of the model, so that equal plans are equal files.
-    return Plan(_in_order(walk, schemes), prediction)
+    return Plan(_in_order(walk, schemes), cache.formats, prediction)
 
 
 def frontier_of(
@@ -139,8 +191,9 @@ def frontier_of(
 ) -> list[Point]:
     """The best plans over the whole range of sizes."""
     sizes = sizes_of(walk, groups, recipe.transform_seed is not None)
+    floor = choose_cache(recipe, walk, sensitivities).kld
     return [
-        Point(sizes.bits_per_weight(best.cost), int(best.cost) + sizes.rest, best.loss + sensitivities.floor)
+        Point(sizes.bits_per_weight(best.cost), int(best.cost) + sizes.rest, best.loss + floor)
         for best in frontier(loss_table(groups, sensitivities), sizes.table, points)
     ]
 
@@ -187,7 +240,7 @@ def _refusal(recipe: Recipe, walk: Walk, groups: Sequence[Group], nearest: float
     return UsageError(
         f"{name} {budget:.10g}{unit} can't be met with the candidates {names}: "
         f"the nearest budget that can is {shown:.{digits}f}{unit}",
-        "raise the budget, or add a smaller candidate" if name != "max_kld" else "raise it, or add a better candidate",
+        "Raise the budget, or add a smaller candidate" if name != "max_kld" else "Raise it, or add a better candidate",
     )
 
 
@@ -231,7 +284,7 @@ def _latencies(recipe: Recipe, walk: Walk, groups: Sequence[Group]) -> Table:
         raise InputError(
             f"{path} has no time of {kernels[0]} for a linear of {rows} x {columns} at {tokens} tokens, which "
             f"{full_name(index, linear)} needs",
-            "measure it with `atom bench gemm --json`, or leave the candidate out",
+            "Measure it with `atom bench gemm --json`, or leave the candidate out",
         )
 
     return [

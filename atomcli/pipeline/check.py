@@ -57,7 +57,7 @@ def divergence(model: PreTrainedModel, parent: Stream, checkpoint: Stream, devic
                 agreeing += int((p.argmax(-1) == q.argmax(-1)).sum())
                 count += p.shape[0]
     if not total == total or total in (float("inf"), float("-inf")):
-        raise RunError("the divergence of the checkpoint from its parent is not finite", "Nothing was published.")
+        raise RunError("The divergence of the checkpoint from its parent is not finite", "Nothing was published.")
     return Divergence(total / count, agreeing / count, count)
 
 
@@ -95,7 +95,7 @@ def verify(
     exact = walk.device.type == "cpu"
     if (exact and not (same and found == expected)) or abs(found.kld - expected.kld) > 1e-3 * max(expected.kld, 1e-3):
         raise RunError(
-            f"the checkpoint read back from {directory} computes something else than what was compressed: "
+            f"The checkpoint read back from {directory} computes something else than what was compressed: "
             f"KLD {found.kld:.6g} instead of {expected.kld:.6g}",
             "It is not published. Check the disk and the memory of this machine, then run the same command again.",
         )
@@ -113,7 +113,7 @@ def _log_probabilities(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 
 
 def _reopened_block(directory: Path, plan: Plan, walk: Walk, index: int) -> nn.Module:
-    block = empty_block(walk.family, walk.config, index, plan.kv_cache)
+    block = empty_block(walk.family, walk.config, index, plan.cache_of(index))
     prefix = f"{block_name(index)}."
     for name, entry in plan.linears.items():
         if name.startswith(prefix):
@@ -142,6 +142,6 @@ def _load(module: nn.Module, tensors: dict[str, Tensor], tied: bool = False) -> 
         tensors = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}
     wrong = sorted(expected ^ set(tensors))
     if wrong:
-        raise RunError(f"the finished checkpoint lacks {wrong[0]}, or has no place for it", "It is not published.")
+        raise RunError(f"The finished checkpoint lacks {wrong[0]}, or has no place for it", "It is not published.")
     module.load_state_dict(tensors, strict=True, assign=True)
     module.requires_grad_(False)

@@ -76,7 +76,7 @@ def compress(
     walk = start_walk(source, device)
     plan = _plan_in_advance(plan_file, recipe, walk)
     for index in range(walk.blocks):
-        empty_block(walk.family, walk.config, index, recipe.kv_cache.to_format())  # refuses a cache it can't have
+        empty_block(walk.family, walk.config, index, recipe.kv_cache.to_format(index))  # refuses a cache it can't have
     artifact = open_calibration(calibration, source) if calibration is not None else None
     if artifact is not None:
         recipe = _with_text_of(artifact, recipe)
@@ -224,7 +224,7 @@ def _check_shards(directory: Path, journal: Journal) -> None:
         if not path.is_file() or path.stat().st_size != record.bytes or sha256_file(path) != record.sha256:
             raise InputError(
                 f"{path} is not what the journal of the interrupted run says",
-                f"delete {directory} and run the same command again",
+                f"Delete {directory} and run the same command again",
             )
 
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 import transformers
 
+from atomcli.checkpoint.card import CARD, base_model, checkpoint_card
 from atomcli.checkpoint.directory import CONFIG
-from atomcli.checkpoint.files import read_json, write_json
+from atomcli.checkpoint.files import read_json, write_json, write_text
 from atomcli.checkpoint.manifest import REPORT, ShardRecord
 from atomcli.checkpoint.writer import finish, shard_file, write_shard
 from atomcli.pipeline import check, pack
@@ -38,13 +39,17 @@ def write_rest(road: Road, journal: Journal) -> dict[str, Any]:
     linears = {name: entry for step in journal.steps for name, entry in step["linears"].items()}
     config = read_json(directory / CONFIG)
     config["quantization_config"] = pack.quantization_config(
-        road.names, linears, road.recipe.kv_cache.to_format(), road.plan.kept()
+        road.names, linears, road.recipe.kv_cache.to_format(), road.plan.cache, road.plan.kept()
     )
     write_json(directory / CONFIG, config)
+    report = _report(road, journal, expected)
+    size = {"bytes": sum(shard.bytes for shard in shards), "bits_per_weight": report["bits_per_weight"]}
+    told = {key: report[key] for key in ("parent", "recipe", "calibration", "proof")}
+    write_text(directory / CARD, checkpoint_card(quantization=config["quantization_config"], size=size, **told))
     finish(directory, shards)
     proof = check.check_tokens(road.tokens)
     found = check.verify(directory, walk, proof, streams.parent, streams.checkpoint, expected)
-    report = _report(road, journal, found)
+    report |= {"proof": asdict(found), "timings": _timings(journal)}
     write_json(directory / REPORT, report)
     return report
 
@@ -56,6 +61,7 @@ def _report(road: Road, journal: Journal, proof: check.Divergence) -> dict[str, 
         "version": 1,
         "parent": {
             "name": source.name,
+            "base_model": base_model(source.name),
             "fingerprint": source.fingerprint(),
             "architecture": (source.config.architectures or [source.config.model_type])[0],
             "dtype": str(source.dtype).removeprefix("torch."),
@@ -79,11 +85,11 @@ def _report(road: Road, journal: Journal, proof: check.Divergence) -> dict[str, 
             "python": platform.python_version(),
         },
         "device": str(road.walk.device),
-        "timings": {
-            "blocks": [step["seconds"] for step in journal.steps],
-            "peak_memory_bytes": _peak_memory(),
-        },
     }
+
+
+def _timings(journal: Journal) -> dict[str, Any]:
+    return {"blocks": [step["seconds"] for step in journal.steps], "peak_memory_bytes": _peak_memory()}
 
 
 def _peak_memory() -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -63,14 +63,20 @@ def report_rows(
 
 
 def quantization_config(
-    schemes: Mapping[Scheme, str], linears: Mapping[str, Mapping[str, Any]], kv_cache: KVFormat, kept: Iterable[str]
+    schemes: Mapping[Scheme, str],
+    linears: Mapping[str, Mapping[str, Any]],
+    kv_cache: KVFormat,
+    caches: Sequence[KVFormat],
+    kept: Iterable[str],
 ) -> dict[str, Any]:
-    """The quantization_config of config.json."""
+    """The quantization_config of config.json; `caches` are those of the blocks, `kv_cache` is what most of them are."""
+    others = {str(index): kv.to_dict() for index, kv in enumerate(caches) if kv != kv_cache}
     return {
         "quant_method": "atom",
         "version": VERSION,
         "schemes": {name: scheme.to_dict() for scheme, name in schemes.items()},
         "linears": {name: dict(entry) for name, entry in linears.items()},
         "kv_cache": kv_cache.to_dict(),
+        **({"kv_cache_blocks": others} if others else {}),
         "kept": sorted(kept),
     }

@@ -110,7 +110,7 @@ class Road:
             )
         statistics = self.artifact.statistics(index)
         tensors, energies = fold(tensors, walk, index, self.plan, statistics, self.recipe.order)
-        kv = self.recipe.kv_cache.to_format()
+        kv = self.plan.cache[index]
         tensors |= cache_tensors(kv, self.artifact, index, walk)
         block = build_block(walk.family, walk.config, index, tensors, kv)
         del tensors
@@ -257,12 +257,12 @@ class Road:
                 write_embedded(self.walk, proof, stream, [range(proof.shape[0])])
 
 
-# GPTQ holds about so many matrices of a Hessian's size: the Hessian and its mirror, its factors, what they are made of.
+# GPTQ holds about so many matrices of a Hessian's size: it, its mirror, its factors and what they come from.
 _WORKSPACE = 7
 
 
 def _make_room(hessians: list[Hessian | None], waiting: list[int], device: torch.device) -> None:
-    """Bring the first waiting Hessian to the device; those after it go to the host where the GPU lacks room for both."""
+    """Bring the first waiting Hessian to the device; the others go to the host where the GPU lacks room for them."""
     if device.type != "cuda":
         return
     first, *others = (hessians[place] for place in waiting)

@@ -17,7 +17,7 @@ from typing import Any
 from atomcli.algorithms.sensitivity import Sensitivities
 from atomcli.checkpoint.files import read_json, write_json
 from atomcli.errors import InputError, UnsupportedError, UsageError
-from atomcli.formats.scheme import Scheme
+from atomcli.formats.scheme import KVFormat, Scheme
 from atomcli.models.block import Site
 from atomcli.pipeline.model import Walk, full_name
 from atomcli.recipe import KEPT, Recipe, refuse_narrow
@@ -31,12 +31,13 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class Plan:
-    """The scheme of each linear by its name in the model; None keeps it in 16 bits.
+    """The scheme of each linear by its name in the model (None keeps it in 16 bits), and the cache of each block.
 
     `prediction` is what a selection expects of it, for the report; None where nothing was selected.
     """
 
     schemes: Mapping[str, Scheme | None]
+    cache: tuple[KVFormat, ...]
     prediction: Mapping[str, Any] | None = None
 
     def kept(self) -> list[str]:
@@ -92,7 +93,9 @@ def uniform(recipe: Recipe, walk: Walk) -> Plan:
         for site in walk.family.sites(walk.config, index):
             _refuse_split(index, site, walk, schemes)
     _refuse_idle_rules(recipe, schemes)
-    return Plan(schemes)
+    if beyond := [index for index in recipe.kv_cache.int8 if index >= walk.blocks]:
+        raise UsageError(f"kv_cache.int8 names block {beyond[0]}, but the model's blocks are 0 to {walk.blocks - 1}")
+    return Plan(schemes, tuple(recipe.kv_cache.to_format(index) for index in range(walk.blocks)))
 
 
 def groups_of(recipe: Recipe, walk: Walk) -> list[Group]:
@@ -145,6 +148,7 @@ def save_plan(plan: Plan, recipe: Recipe, walk: Walk, path: Path) -> None:
         "recipe": {"name": recipe.name, "fingerprint": recipe_fingerprint(recipe)},
         "schemes": {name: scheme.to_dict() for scheme, name in names.items()},
         "linears": {name: None if scheme is None else names[scheme] for name, scheme in plan.schemes.items()},
+        "cache": [kv.to_dict() for kv in plan.cache],
         "prediction": plan.prediction,
     }
     write_json(path, document)
@@ -154,7 +158,7 @@ def load_plan(path: Path, recipe: Recipe, walk: Walk) -> Plan:
     """A plan that `save_plan` wrote; InputError when it is none, or was made for another model or recipe."""
     data = read_json(path)
     hint = "make one with `atom plan MODEL -o FILE`"
-    if data.get("version") != _VERSION or not {"model", "recipe", "schemes", "linears"} <= data.keys():
+    if data.get("version") != _VERSION or not {"model", "recipe", "schemes", "linears", "cache"} <= data.keys():
         raise InputError(f"{path} is no plan of this version of atom", hint)
     for what, found, name in (
         ("model", walk.source.fingerprint(), walk.source.name),
@@ -165,23 +169,24 @@ def load_plan(path: Path, recipe: Recipe, walk: Walk) -> Plan:
             raise InputError(f"{path} is damaged: its {what} is {made_for!r}", hint)
         if made_for.get("fingerprint") != found:
             raise InputError(
-                f"the plan {path} was made for another {what} ({made_for.get('name')}, fingerprint "
+                f"The plan {path} was made for another {what} ({made_for.get('name')}, fingerprint "
                 f"{str(made_for.get('fingerprint'))[:12]}), not for {name} ({found[:12]})",
                 hint,
             )
     try:
         schemes = {name: Scheme.from_dict(scheme) for name, scheme in data["schemes"].items()}
         linears = {linear: None if name is None else schemes[name] for linear, name in data["linears"].items()}
+        cache = tuple(KVFormat(**kv) for kv in data["cache"])
     except KeyError as error:
         raise InputError(f"{path} gives a linear the scheme {error}, which it does not describe", hint) from error
-    except (AttributeError, TypeError, InputError) as error:
+    except (AttributeError, TypeError, InputError, UsageError) as error:
         raise InputError(f"{path} is damaged: {error}", hint) from error
-    if linears.keys() != uniform(recipe, walk).schemes.keys():
+    if linears.keys() != uniform(recipe, walk).schemes.keys() or len(cache) != walk.blocks:
         raise InputError(f"{path} names other linears than {walk.source.name} has", hint)
     for index in range(walk.blocks):
         for site in walk.family.sites(walk.config, index):
             _refuse_split(index, site, walk, linears)
-    return Plan(linears, data.get("prediction"))
+    return Plan(linears, cache, data.get("prediction"))
 
 
 def recipe_fingerprint(recipe: Recipe) -> str:
@@ -197,9 +202,9 @@ def _refuse_split(index: int, site: Site, walk: Walk, schemes: Mapping[str, Sche
     for other in names[1:]:
         if schemes[other] != schemes[first]:
             raise UsageError(
-                f"the rules give {first} {_called(schemes[first])} and {other} {_called(schemes[other])}, "
+                f"The rules give {first} {_called(schemes[first])} and {other} {_called(schemes[other])}, "
                 "but they read the same input and must share one scheme",
-                "let one rule match both",
+                "Let one rule match both",
             )
 
 
@@ -215,5 +220,5 @@ def _refuse_idle_rules(recipe: Recipe, schemes: Mapping[str, Scheme | None]) -> 
         if not outside and not any(rule.matches(name) for name in schemes):
             raise UsageError(
                 f"rules.{number} matches {rule.match!r}, which is no linear of this model",
-                f"linears are called like {next(iter(schemes))}",
+                f"Linears are called like {next(iter(schemes))}",
             )

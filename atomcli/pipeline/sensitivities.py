@@ -98,12 +98,12 @@ def _read(path: Path, identity: dict[str, Any]) -> Sensitivities:
     data = read_json(path)
     try:
         if data["identity"] != identity:
-            raise InputError(f"{path} holds the sensitivities of another model or recipe", "delete it to measure again")
+            raise InputError(f"{path} holds the sensitivities of another model or recipe", "Delete it to measure again")
         saved = data["sensitivities"]
         groups = tuple(Sensitivity(**each) for each in saved["groups"])
-        return Sensitivities(groups, saved["cache_kld"], saved["joint_kld"])
+        return Sensitivities(groups, saved["cache_kld"], saved["joint_kld"], tuple(saved["caches"]))
     except (KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged: {error}", "delete it to measure again") from error
+        raise InputError(f"{path} is damaged: {error}", "Delete it to measure again") from error
 
 
 class _Streams:
@@ -130,10 +130,15 @@ def _measure(
 ) -> Sensitivities:
     samples, proof = _samples(walk, artifact.tokens), check_tokens(artifact.tokens)
     hidden = int(walk.config.hidden_size)
-    measured = [group for group in groups if group.reference is not None]
+    caches = recipe.kv_cache.to_format().element != "float"
+    alone = [
+        (index, title)
+        for index in range(walk.blocks)
+        for title in (*(g.title for g in groups if g.index == index and g.reference is not None), *[None] * caches)
+    ]
 
     def streams(index: int) -> _Streams:
-        done = sum(group.index < index for group in measured)
+        done = sum(block < index for block, _ in alone)
         return _Streams(scratch, index, samples, proof, hidden, done)
 
     before = streams(0)
@@ -154,11 +159,11 @@ def _measure(
         before.remove()
         before = after
         progress.advance(index + 1)
-    progress.begin("divergences", 2 + len(measured), "stream")
+    progress.begin("divergences", 2 + len(alone), "stream")
     with torch.inference_mode():
-        cache, joint, *alone = _divergences(outer.to(walk.device), walk, before, progress)
+        cache, joint, *found = _divergences(outer.to(walk.device), walk, before, progress)
     progress.end()
-    klds = dict(zip((group.title for group in measured), alone, strict=True))
+    klds = {title: kld for (_, title), kld in zip(alone, found, strict=True) if title is not None}
     return Sensitivities(
         tuple(
             Sensitivity(group.title, group.reference, klds.get(group.title, 0.0), errors.get(group.title, {}))
@@ -166,6 +171,7 @@ def _measure(
         ),
         cache,
         joint,
+        tuple(kld for (_, title), kld in zip(alone, found, strict=True) if title is None),
     )
 
 
@@ -191,7 +197,7 @@ def _block(
     """Carry all streams through block `index`; returns the errors of its groups' candidates."""
     tensors = {name: tensor.float() for name, tensor in walk.read(index).items()}
     block = build_block(walk.family, walk.config, index, tensors)
-    kv = recipe.kv_cache.to_format()
+    kv = recipe.kv_cache.to_format(index)
     cached = build_block(walk.family, walk.config, index, tensors | cache_tensors(kv, artifact, index, walk), kv)
     with _inputs(walk, block, index) as inputs:
         _advance(walk, block, index, before.samples, after.samples)
@@ -215,6 +221,8 @@ def _block(
         for linears in replaced.values():
             with _replaced(block, linears):
                 yield from run(before.parent, 1, lambda chunk: walk.forward(block, index, chunk))
+        if kv.element != "float":
+            yield from run(before.parent, 1, lambda chunk: walk.forward(cached, index, chunk))
 
     at_once = walk.sequences_at_once(before.groups.shape[1])
     carried = run(before.groups, at_once, lambda chunk: walk.forward(block, index, chunk))

@@ -176,11 +176,11 @@ def quantize_skeleton(model: PreTrainedModel, plan: saved.Plan, dtype: torch.dty
         )
     if model.config._attn_implementation != "sdpa":
         raise UnsupportedError(
-            f"atom's attention runs on torch's SDPA, not on attn_implementation={model.config._attn_implementation!r}",
+            f"Atom's attention runs on torch's SDPA, not on attn_implementation={model.config._attn_implementation!r}",
             "Leave attn_implementation out.",
         )
-    for layer in model.model.layers:
-        adapt_block(layer, plan.kv_cache)
+    for index, layer in enumerate(model.model.layers):
+        adapt_block(layer, plan.cache_of(index))
     for name, entry in plan.linears.items():
         try:
             linear = model.get_submodule(name)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,19 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Plan:
-    """quantization_config of a checkpoint: schemes by name, one entry per quantized linear, the KV cache's format."""
+    """quantization_config of a checkpoint: schemes by name, one entry per quantized linear, the KV cache's format.
+
+    `kv_blocks` has the cache's format of the blocks where it is another.
+    """
 
     schemes: Mapping[str, Scheme]
     linears: Mapping[str, Mapping[str, Any]]
     kv_cache: KVFormat
+    kv_blocks: Mapping[int, KVFormat] = field(default_factory=dict)
+
+    def cache_of(self, index: int) -> KVFormat:
+        """The cache's format in block `index`."""
+        return self.kv_blocks.get(index, self.kv_cache)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Plan":
@@ -53,7 +61,8 @@ class Plan:
                     raise ValueError(f"it gives {name} the scheme {entry['scheme']!r}, which it lacks")
                 int(entry["out_features"])
                 scheme_of(entry, schemes).body(int(entry["in_features"]))  # raises when the outliers leave no body
-            return cls(schemes, linears, KVFormat(**data["kv_cache"]))
+            blocks = {int(index): KVFormat(**kv) for index, kv in data.get("kv_cache_blocks", {}).items()}
+            return cls(schemes, linears, KVFormat(**data["kv_cache"]), blocks)
         except (KeyError, TypeError, ValueError, AttributeError, AtomError) as error:
             why = str(error) if isinstance(error, ValueError | AtomError) else repr(error)
             raise InputError(

@@ -10,7 +10,7 @@ from atomcli.checkpoint.tensorfile import TensorFile
 from atomcli.errors import InputError, UsageError
 from atomcli.pipeline import road
 from atomcli.pipeline import sensitivities as stage
-from atomcli.pipeline.budget import choose, loss_table, plan_of, sizes_of
+from atomcli.pipeline.budget import choose, choose_cache, loss_table, plan_of, sizes_of
 from atomcli.pipeline.calibrate import calibrate
 from atomcli.pipeline.compress import compress
 from atomcli.pipeline.hessians import Hessian, InputsSeen, watched
@@ -19,7 +19,7 @@ from atomcli.pipeline.parameters import fold, targets
 from atomcli.pipeline.residual import residual_weights
 from atomcli.pipeline.select import groups_of, load_plan, save_plan, select, uniform
 from atomcli.pipeline.sensitivities import sensitivities_of
-from atomcli.runtime.decoder import build_block
+from atomcli.runtime.decoder import build_block, load_checkpoint
 from tests.pipeline.conftest import small_recipe
 
 CANDIDATES = ["w4a4-g16-o16", "w4a8-g16-o16", "w4a8-g16-o0", "w8a8", "w16a16"]
@@ -88,8 +88,9 @@ def test_other_candidates_are_measured_anew(measured):
 def test_a_budget_is_met_and_used(budget, measured):
     walk, _, _, groups, found = measured()
     plan = choose(budgeted(budget), walk, groups, found)
+    cache = choose_cache(budgeted(budget), walk, found)
     uniforms = [
-        plan_of(walk, groups, [index] * len(groups), sizes_of(walk, groups, False), found).prediction
+        plan_of(walk, groups, [index] * len(groups), sizes_of(walk, groups, False), found, cache).prediction
         for index in range(len(CANDIDATES))
     ]
     ((name, limit),) = budget.items()
@@ -102,6 +103,35 @@ def test_a_budget_is_met_and_used(budget, measured):
         for site in walk.family.sites(walk.config, index):
             plan.of_site(index, site)
             assert len({plan.schemes[f"model.layers.{index}.{linear}"] for linear in site.linears}) == 1
+
+
+def test_blocks_whose_cache_costs_most_get_eight_bits(measured):
+    walk, recipe, _, groups, found = measured()
+    assert len(found.caches) == walk.blocks
+    assert all(0 < each < found.joint_kld for each in found.caches)
+    plain = choose(recipe, walk, groups, found)
+    assert {kv.element for kv in plain.cache} == {"int4"}
+    bits = plain.prediction["cache"]["bits"]
+    assert bits == pytest.approx(4 + 32 / walk.config.head_dim)
+    chosen = choose(budgeted({"bits_per_weight": 7.0, "kv_bits": bits + 4 / walk.blocks}), walk, groups, found)
+    worst = max(range(walk.blocks), key=lambda index: found.caches[index])
+    assert chosen.prediction["cache"]["int8"] == [worst]
+    assert [kv.element for kv in chosen.cache].index("int8") == worst
+    assert chosen.schemes == plain.schemes, "the weights have a budget of their own"
+    gained = plain.prediction["kld"] - chosen.prediction["kld"]
+    assert gained == pytest.approx(found.cache_loss(worst) * (1 - (15 / 255) ** 2))
+    with pytest.raises(UsageError, match="kv_bits 1 can't be met"):
+        choose(budgeted({"bits_per_weight": 6.5, "kv_bits": 1}), walk, groups, found)
+
+
+def test_a_cache_by_blocks_reaches_the_checkpoint(parent, tokens, tmp_path):
+    recipe = small_recipe(kv_cache={"format": "int4", "hadamard": True, "centered": True, "int8": [1]})
+    compress(parent(), recipe, tmp_path / "out", tokens=tokens, device="cpu")
+    layers = load_checkpoint(tmp_path / "out").model.layers
+    assert [layer.self_attn.kv.element for layer in layers] == ["int4", "int8"]
+    assert all(float(layer.self_attn.key_center.abs().max()) > 0 for layer in layers)
+    with pytest.raises(UsageError, match="names block 7"):
+        compress(parent(), small_recipe(kv_cache={"format": "int4", "int8": [7]}), tmp_path / "no", tokens=tokens)
 
 
 def test_the_whole_road_under_a_budget(parent, tokens, tmp_path):

@@ -96,7 +96,8 @@ def path_note(model: FusedModel) -> str:
     names = sorted(set(model.kernels))
     shares = [f"{name} ({model.kernels.count(name)})" if len(names) > 1 else name for name in names]
     graphs = "CUDA graphs" if model.capturable else "no graphs"
-    return f"{', '.join(shares)}; {model.format.element} pages; {graphs}"
+    elements = "/".join(sorted({block.format.element for block in model.blocks}))
+    return f"{', '.join(shares)}; {elements} pages; {graphs}"
 
 
 def _setting(name: str, model: FusedModel, batch: int, context: int, new_tokens: int, repeats: int, warmup: int) -> Row:
@@ -196,7 +197,7 @@ def step_limit(model: FusedModel, batch: int, context: int) -> float | None:
     card = next((key for key in MEMORY_BANDWIDTH if key in name), None)
     if card is None:
         return None
-    cache = batch * context * model.format.bytes_per_token * model.kv_heads * len(model.blocks)
+    cache = batch * context * model.token_bytes
     peak = BF16_PEAK if "torch" in model.kernels else INT8_PEAK
     operations = 2.0 * batch * model.parameters
     return max((model.read_bytes + cache) / MEMORY_BANDWIDTH[card], operations / peak[card])

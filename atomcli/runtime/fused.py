@@ -95,6 +95,11 @@ class FusedModel:
         """Weights that every token is multiplied by: head and linears, but no experts."""
         return self.head.parameters + sum(block.parameters for block in self.blocks)
 
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's keys and values in all blocks."""
+        return self.kv_heads * sum(block.format.bytes_per_token for block in self.blocks)
+
     def new_pools(self, pages: int) -> list[Tensor]:
         """Pages for keys and values, a pool for each block: uint8 (pages, kv_heads, bytes)."""
         return [block.format.allocate(pages, self.kv_heads, self.device) for block in self.blocks]
@@ -177,7 +182,7 @@ class FusedBlock:
 
     def attention_reason(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why the reference attends on `device`, or None where a kernel does."""
-        return attention.why_not(self.format, device, dtype, self.key_bias is not None, self.keys_rotated)
+        return attention.why_not(self.format, device, dtype, self.keys_rotated)
 
     @property
     def parameters(self) -> int:

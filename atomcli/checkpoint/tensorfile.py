@@ -153,7 +153,9 @@ def _entry(path: Path, name: str, value: Any, data_start: int) -> Entry:
     try:
         dtype_name, shape, (start, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
         elements = math.prod(shape)
-        well_formed = all(isinstance(n, int) and n >= 0 for n in (*shape, start, end)) and end >= start
+        # Not bool, which is an int to Python; and no more than torch can count, also where another size is 0.
+        well_formed = all(type(n) is int and n >= 0 for n in (*shape, start, end)) and end >= start
+        well_formed = well_formed and math.prod(max(n, 1) for n in shape) < 1 << 62
     except (KeyError, TypeError, ValueError) as error:
         raise _corrupt(path, f"the entry of tensor {name} has no dtype, shape and data_offsets") from error
     if not well_formed:

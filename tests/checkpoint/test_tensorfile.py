@@ -109,6 +109,8 @@ def test_a_damaged_header_never_ends_in_a_traceback(tmp_path: Path) -> None:
         ({"dtype": "F32", "shape": ["1"], "data_offsets": [0, 4]}, "has no dtype, shape|has shape"),
         ([], "has no dtype, shape and data_offsets"),
         ({"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}, "which atom doesn't read"),
+        ({"dtype": "F32", "shape": [True], "data_offsets": [0, 4]}, "has shape"),
+        ({"dtype": "F32", "shape": [0, 2**63], "data_offsets": [0, 0]}, "has shape"),
     ],
 )
 def test_entries_that_contradict_themselves(tmp_path: Path, entry: object, message: str) -> None:

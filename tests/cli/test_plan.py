@@ -30,6 +30,20 @@ def test_without_a_budget_it_shows_sizes_and_spends_nothing(atom, tiny_model, ti
     assert document["bits_per_weight"] == pytest.approx(made["bits_per_weight"])
 
 
+def test_measured_it_says_what_the_run_takes_and_leaves_nothing(
+    atom, tiny_model, tiny_checkpoint, quantize_options, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    outcome = atom("plan", tiny_model, *quantize_options, "--measure", "--json")
+    assert outcome.code == 0, outcome.err
+    run = json.loads(outcome.out)["run"]
+    assert run["seconds"] > 0
+    assert run["host_bytes"] > 1e8  # Python and torch alone
+    assert run["gpu_bytes"] is None
+    assert run["disk_bytes"] >= json.loads(atom("inspect", tiny_checkpoint, "--json").out)["bytes"]
+    assert not list(tmp_path.glob("atom-plan-*"))
+
+
 def test_a_plan_is_printed_and_followed(atom, tiny_model, quantize_options, calibrated, tmp_path, snapshot):
     shape = ["--outliers", 16, "--group", 16, "--bits-per-weight", 7, *CANDIDATES]
     outcome = atom("plan", tiny_model, *calibrated, *shape, "-o", tmp_path / "plan.json")

@@ -1,0 +1,201 @@
+"""What a run would take: three blocks of the model go the whole road on a few sequences, twice, and the rest follows.
+
+Time is linear in the blocks, and of a block linear in the sequences; memory of GPU and host depends on neither beyond
+two blocks and one chunk of sequences. The disk is counted: the checkpoint, and the hidden states between two blocks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from atomcli.checkpoint.source import Source
+from atomcli.errors import UsageError
+from atomcli.models.tensors import block_name, outer_shapes
+from atomcli.pipeline.budget import plan_bytes
+from atomcli.pipeline.compress import compress
+from atomcli.pipeline.model import Walk, start_walk
+from atomcli.pipeline.ranks import SLOTS
+from atomcli.pipeline.select import groups_of, uniform
+from atomcli.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_LOG = logging.getLogger("atomcli")
+_BLOCKS = 3  # the second is as those in the middle of a model: the one before is written, the one after read
+_HASHED = 1 << 26  # bytes that are hashed to learn how long all of them take
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Seconds of a run, and the bytes that it needs at its peak; `gpu_bytes` None without one."""
+
+    seconds: float
+    seconds_per_block: float
+    host_bytes: int
+    gpu_bytes: int | None
+    disk_bytes: int
+
+
+class Shallow(Source):
+    """The first blocks of a source, as a model of their own."""
+
+    def __init__(self, whole: Source, blocks: int) -> None:
+        self.whole, self.name, self.path, self.dtype = whole, whole.name, whole.path, whole.dtype
+        changes: dict[str, Any] = {"num_hidden_layers": blocks}
+        if getattr(whole.config, "layer_types", None):
+            changes["layer_types"] = whole.config.layer_types[:blocks]
+        self.config = type(whole.config).from_dict(whole.config.to_dict() | changes)
+        beyond = tuple(f"{block_name(index)}." for index in range(blocks, whole.config.num_hidden_layers))
+        self._names = frozenset(name for name in whole.names() if not name.startswith(beyond))
+
+    def names(self) -> frozenset[str]:
+        return self._names
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.whole.shape(name)
+
+    def fingerprint(self) -> str:
+        """Of no file: hashing all of a large model is part of the forecast, not of the trial."""
+        return hashlib.sha256(f"{self.path} {self.config.num_hidden_layers}".encode()).hexdigest()
+
+    def save_companions(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.config.save_pretrained(directory)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.whole.tokenizer()
+
+    def _read(self, name: str) -> Tensor:
+        return self.whole.read(name)
+
+
+class _Watch:
+    """A progress that writes down how long each step of each stage took."""
+
+    def __init__(self) -> None:
+        self.steps: dict[str, list[float]] = {}
+        self._stage, self._since = "", 0.0
+
+    def begin(self, stage: str, total: int, unit: str = "block") -> None:
+        """The clock starts."""
+        self._stage, self._since = stage, time.monotonic()
+
+    def advance(self, done: int, detail: str = "") -> None:
+        """A step was taken."""
+        now = time.monotonic()
+        if done:
+            self.steps.setdefault(self._stage, []).append(now - self._since)
+        self._since = now
+
+    def end(self) -> None:
+        """Nothing to write down."""
+
+
+def forecast(source: Source, recipe: Recipe, scratch: Path, device: torch.device | str | None = None) -> Forecast:
+    """What `compress` of this source by this recipe takes on this machine; `scratch` has room for three blocks.
+
+    Raises UsageError for a recipe with a budget, whose measurements depend on its candidates, and what `compress` does.
+    """
+    if recipe.select is not None:
+        raise UsageError("The time of a run that measures sensitivities can't be told from a few blocks")
+    walk = start_walk(source, device)
+    samples, length = recipe.calibration.samples, recipe.calibration.sequence_length
+    blocks = min(_BLOCKS, walk.blocks)
+    # A slot of the trial takes chunks as large as a slot of the run.
+    chunk = min(walk.sequences_at_once(length), -(-samples // SLOTS))
+    few = min(samples, 2 if chunk == 1 else SLOTS * chunk)
+    many = min(samples, 2 * few)
+    trials: dict[int, dict[str, float]] = {}
+    memory: tuple[int, int | None] = (0, None)
+    for number in sorted({few, many}):
+        trials[number], memory = _trial(Shallow(source, blocks), recipe, walk, number, length, scratch)
+    per_block = {stage: _at(samples, {n: times[stage] for n, times in trials.items()}) for stage in trials[few]}
+    quantize, verify = per_block.get("quantize", 0.0) + per_block.get("calibrate", 0.0), per_block.get("verify", 0.0)
+    seconds = walk.blocks * (quantize + verify / blocks) + _parent_bytes(walk) / _hash_rate()
+    return Forecast(seconds, quantize, memory[0], memory[1], _disk(walk, recipe, samples, length))
+
+
+def _trial(
+    source: Source, recipe: Recipe, walk: Walk, samples: int, length: int, scratch: Path
+) -> tuple[dict[str, float], tuple[int, int | None]]:
+    """Seconds of a step in the middle of each stage, and the peaks of the host's and the GPU's memory."""
+    tokens = torch.randint(walk.config.vocab_size, (samples, length), generator=torch.Generator().manual_seed(0))
+    watch, cuda = _Watch(), walk.device.type == "cuda"
+    _forget_peak()
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(walk.device)
+    with tempfile.TemporaryDirectory(dir=scratch, prefix="atom-plan-") as directory, _unsaid():
+        compress(source, recipe, Path(directory) / "trial", tokens=tokens, device=walk.device, progress=watch)
+    peak = torch.cuda.max_memory_reserved(walk.device) if cuda else None
+    return {stage: steps[len(steps) // 2] for stage, steps in watch.steps.items()}, (_host_peak(), peak)
+
+
+@contextmanager
+def _unsaid() -> Iterator[None]:
+    """What a trial would warn of is no news: so few sequences starve everything."""
+    level = _LOG.level
+    _LOG.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        _LOG.setLevel(level)
+
+
+def _at(samples: int, seconds: dict[int, float]) -> float:
+    """The time for so many sequences, on the line through what was measured."""
+    (few, short), *rest = sorted(seconds.items())
+    if not rest:
+        return short
+    many, long = rest[-1]
+    slope = max(0.0, (long - short) / (many - few))
+    return long + slope * (samples - many)
+
+
+def _disk(walk: Walk, recipe: Recipe, samples: int, length: int) -> int:
+    """Bytes of the checkpoint; or of its blocks and of the hidden states before and after one, if that is more."""
+    groups = groups_of(recipe, walk)
+    checkpoint, _ = plan_bytes(walk, groups, uniform(recipe, walk), recipe.transform_seed is not None)
+    streams = 2 if recipe.weights.rounding == "gptq" else 0
+    hidden = samples * length * int(walk.config.hidden_size) * walk.source.dtype.itemsize
+    outside = sum(math.prod(shape) for shape in outer_shapes(walk.family, walk.config).values())
+    return max(checkpoint, checkpoint - outside * walk.source.dtype.itemsize + streams * hidden)
+
+
+def _parent_bytes(walk: Walk) -> int:
+    return sum(math.prod(walk.source.shape(name)) for name in walk.source.names()) * walk.source.dtype.itemsize
+
+
+def _hash_rate() -> float:
+    """Bytes per second of SHA-256 on this machine."""
+    data, started = bytes(_HASHED), time.monotonic()
+    hashlib.sha256(data).digest()
+    return _HASHED / (time.monotonic() - started)
+
+
+def _forget_peak() -> None:
+    """Let Linux count the process's largest size from here on."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _host_peak() -> int:
+    """The process's largest size since `_forget_peak`; its present size where the system doesn't keep it."""
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) << 10
+    return int(psutil.Process().memory_info().rss)

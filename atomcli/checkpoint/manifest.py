@@ -6,6 +6,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from atomcli.checkpoint.card import CARD
 from atomcli.checkpoint.digests import sha256_file
 from atomcli.checkpoint.directory import COMPANIONS, CONFIG, INDEX
 from atomcli.checkpoint.files import is_file_name, read_json
@@ -80,10 +81,10 @@ class Manifest:
 
 
 def make_manifest(directory: Path, shards: Iterable[ShardRecord]) -> Manifest:
-    """The manifest of a directory: the given shards, and config, index and tokenizer files as they lie there now."""
+    """The manifest of a directory: the given shards, and config, index, card and tokenizer files as they lie now."""
     files = {
         name: FileRecord((directory / name).stat().st_size, sha256_file(directory / name))
-        for name in (CONFIG, INDEX, *COMPANIONS)
+        for name in (CONFIG, INDEX, CARD, *COMPANIONS)
         if (directory / name).is_file()
     }
     return Manifest({shard.file: shard for shard in shards}, files)

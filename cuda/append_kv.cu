@@ -6,6 +6,7 @@
 
 #include "attention_cache.cuh"
 #include "chain.cuh"
+#include "heads.cuh"
 
 using Input = INPUT;  // bf16, fp16 or float
 constexpr bool rotates_keys = ROTATE_KEYS, has_hadamard = HADAMARD;
@@ -39,31 +40,6 @@ INLINE void rotate(Values& values, const Values& cos, const Values& sin) {
         const float own = __fmul_rn(values[k], cos[k]), other = __fmul_rn(partner[k], sin[k]);
         values[k] = k * 32 + lane < half ? __fsub_rn(own, other) : __fadd_rn(own, other);
     }
-}
-
-// The Hadamard of formats/groups.py: blocks of powers of two, largest first, butterflies from distance 1 upwards.
-INLINE void hadamard(Values& values) {
-    constexpr int whole = head_dim == 96 ? 64 : head_dim;  // 96 channels are a block of 64 and one of 32
-    constexpr float factor_32 = 0.17677669529663687f;
-    constexpr float factor = whole == 64 ? 0.125f : whole == 128 ? 0.08838834764831845f : 0.0625f;
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2)
-#pragma unroll
-        for (int k = 0; k < values_per_lane; ++k) {
-            const float other = __shfl_xor_sync(all_lanes, values[k], distance);
-            values[k] = lane & distance ? __fsub_rn(other, values[k]) : __fadd_rn(values[k], other);
-        }
-#pragma unroll
-    for (int step = 1; step < whole / 32; step *= 2)
-#pragma unroll
-        for (int k = 0; k < whole / 32; ++k)
-            if (!(k & step)) {
-                const float low = values[k], high = values[k + step];
-                values[k] = __fadd_rn(low, high), values[k + step] = __fsub_rn(low, high);
-            }
-#pragma unroll
-    for (int k = 0; k < values_per_lane; ++k) values[k] = __fmul_rn(values[k], k < whole / 32 ? factor : factor_32);
 }
 
 // The codes of a vector, and its scale and minimum as fp16 bits.
@@ -159,7 +135,7 @@ append_kv(uint8* pool, const Input* query, const Input* key, const Input* value,
         const bool is_query = vector < heads, is_value = vector >= heads + kv_heads;
         if (vector >= all || (!is_query && slot < 0)) return;
         if (is_query || (rotates_keys && !is_value)) rotate(values[v], cosine, sine);
-        if (has_hadamard && !is_value) hadamard(values[v]);
+        if (has_hadamard && !is_value) hadamard<head_dim>(values[v]);
         if (is_query) {
             Input* to = rotated + (token * heads + vector) * head_dim;
 #pragma unroll

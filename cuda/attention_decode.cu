@@ -3,7 +3,7 @@
 // WARPS-th chunk of tokens through a ring of asynchronous copies that is its own. At the end the warps of a block merge,
 // and of the blocks that share a sequence the last to arrive merges the others' sums, in their order.
 
-#include "attention_tiles.cuh"
+#include "attention_bias.cuh"
 #include "chain.cuh"
 
 using Query = QUERY;  // bf16 or fp16
@@ -16,6 +16,7 @@ constexpr int pages_of_chunk = chunk_tokens > page_tokens ? chunk_tokens / page_
 constexpr int codes_bytes = chunk_tokens * row_bytes;
 constexpr int stage_bytes = 2 * codes_bytes + chunk_tokens * number_bytes;
 constexpr int query_bytes = columns * (head_dim * 2 + sizeof(float));
+constexpr int bias_bytes = has_bias ? part_bytes + chunk_tokens * step_bytes + warps * turned_bytes : 0;
 
 extern __shared__ __align__(1024) uint8 shared_bytes[];
 
@@ -58,6 +59,19 @@ INLINE void load_queries(Queries& queries, const Query* query, int count, float 
         queries.offsets[t][0] = scaling * sums[t * 8 + 2 * c];
         queries.offsets[t][1] = scaling * sums[t * 8 + 2 * c + 1];
     }
+}
+
+// The barrier in load_queries makes it complete.
+INLINE Bias load_bias(const BiasTables& tables, const Query* query, int count, float scaling) {
+    uint8* shared = shared_bytes + query_bytes;
+    float2* parts = reinterpret_cast<float2*>(shared);
+    uint32* steps = reinterpret_cast<uint32*>(shared + part_bytes);
+    uint8* turned = shared + part_bytes + chunk_tokens * step_bytes + threadIdx.x / 32 * turned_bytes;
+    const float power = bias_power(tables.bias);
+    fill_steps(steps, chunk_tokens, tables);
+    for (int column = threadIdx.x / 32; column < columns; column += warps)
+        stage_part(parts + column * angles, query + column * head_dim, column < count, tables.bias, power);
+    return {steps, parts, reinterpret_cast<uint2*>(turned), scaling / power, tables};
 }
 
 // ---------------------------------------------------------------------------------------------------------- copies
@@ -126,11 +140,15 @@ INLINE void hide_outside(Scores<token_tiles>& scores, TileNumbers<token_tiles>& 
         }
 }
 
-INLINE void attend(State& state, const uint8* stage, const Queries& queries, int first_token, const Range& range) {
+INLINE void attend(State& state, const uint8* stage, const Queries& queries, const Bias& bias, int first_token, const Range& range) {
     const Chunk chunk = {stage, stage + codes_bytes, stage + 2 * codes_bytes};
     Scores<token_tiles> scores;
     TileNumbers<token_tiles> numbers;
     score<token_tiles>(scores, numbers, chunk, queries);
+    if constexpr (has_bias) {
+        bias.turn(first_token);
+        bias.add<token_tiles>(scores, 0);
+    }
     if (first_token < range.first || first_token + chunk_tokens > range.end) hide_outside(scores, numbers, first_token, range);
     keep_in_range<token_tiles>(state, scores, numbers);
     add_values<token_tiles>(state, scores, numbers, chunk);
@@ -195,7 +213,7 @@ INLINE void put(Query* out, const float* value_bias, const Merged& merged, int c
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM)
 attention_decode(const Query* query, const uint8* pool, const int* page_table, const int* lengths, const float* value_bias,
-                 Query* out, float* partials, int* arrivals, int heads, int kv_heads, int max_pages, int query_stride,
+                 const float* key_bias, const float* cos, const float* sin, int positions, Query* out, float* partials, int* arrivals, int heads, int kv_heads, int max_pages, int query_stride,
                  int window, float scaling) {
     const int group = heads / kv_heads, tiles = (group + columns - 1) / columns;
     const int kv_head = blockIdx.x / tiles, first_head = kv_head * group + blockIdx.x % tiles * columns;
@@ -211,7 +229,7 @@ attention_decode(const Query* query, const uint8* pool, const int* page_table, c
     if (static_cast<int>(blockIdx.y) >= range.parts) return;
 
     const int warp = threadIdx.x / 32;
-    uint8* ring = shared_bytes + query_bytes + warp * stages * stage_bytes;
+    uint8* ring = shared_bytes + query_bytes + bias_bytes + warp * stages * stage_bytes;
     const Source source = {pool + static_cast<long long>(kv_head) * page_bytes, page_table + static_cast<long long>(sequence) * max_pages,
                            static_cast<long long>(kv_heads) * page_bytes, range};
     int pages[pages_of_chunk], chunk = range.first_chunk + warp;
@@ -221,8 +239,11 @@ attention_decode(const Query* query, const uint8* pool, const int* page_table, c
         source.copy(ring + stage * stage_bytes, pages, chunk + stage * warps);
         source.find(pages, chunk + (stage + 1) * warps);
     }
+    query += static_cast<long long>(sequence) * query_stride + first_head * head_dim;
+    Bias bias;
+    if constexpr (has_bias) bias = load_bias({key_bias + kv_head * head_dim, cos, sin, positions}, query, count, scaling);
     Queries queries;
-    load_queries(queries, query + static_cast<long long>(sequence) * query_stride + first_head * head_dim, count, scaling);
+    load_queries(queries, query, count, scaling);
 
     State state;
     state.clear();
@@ -233,7 +254,7 @@ attention_decode(const Query* query, const uint8* pool, const int* page_table, c
         __syncwarp();  // the chunk is there for all lanes, and none still reads the one before
         source.copy(ring + free_stage * stage_bytes, pages, chunk + (stages - 1) * warps);
         source.find(pages, chunk + stages * warps);
-        attend(state, ring + stage * stage_bytes, queries, chunk * chunk_tokens, range);
+        attend(state, ring + stage * stage_bytes, queries, bias, chunk * chunk_tokens, range);
         free_stage = stage;
         stage = stage + 1 == stages ? 0 : stage + 1;
     }
@@ -243,10 +264,10 @@ attention_decode(const Query* query, const uint8* pool, const int* page_table, c
     float* records = reinterpret_cast<float*>(shared_bytes);
     leave(state, records + warp * columns * record, count);
     __syncthreads();
-    const float* bias = value_bias ? value_bias + kv_head * head_dim : nullptr;
+    const float* added = value_bias ? value_bias + kv_head * head_dim : nullptr;
     if (range.parts == 1) {
         for (int i = threadIdx.x; i < count * head_dim; i += warps * 32)
-            put(out, bias, merge<false>(records, warps, i / head_dim, i % head_dim), i / head_dim, i % head_dim);
+            put(out, added, merge<false>(records, warps, i / head_dim, i % head_dim), i / head_dim, i % head_dim);
         return;
     }
     const int place = sequence * gridDim.x + blockIdx.x;
@@ -269,5 +290,5 @@ attention_decode(const Query* query, const uint8* pool, const int* page_table, c
     __syncthreads();
     if (!*last) return;
     for (int i = threadIdx.x; i < count * head_dim; i += warps * 32)
-        put(out, bias, merge<true>(partials, range.parts, i / head_dim, i % head_dim), i / head_dim, i % head_dim);
+        put(out, added, merge<true>(partials, range.parts, i / head_dim, i % head_dim), i / head_dim, i % head_dim);
 }

@@ -3,7 +3,7 @@
 // memory, still as codes, and each warp unpacks them for its own columns. A tile of tokens that a warp's queries do not
 // see is passed over.
 
-#include "attention_tiles.cuh"
+#include "attention_bias.cuh"
 #include "chain.cuh"
 
 using Query = QUERY;  // bf16 or fp16
@@ -16,6 +16,7 @@ constexpr int step_tokens = STEP;  // worked on at a time
 constexpr int token_tiles = step_tokens / 16;
 constexpr int codes_bytes = chunk_tokens * row_bytes;
 constexpr int stage_bytes = 2 * codes_bytes + chunk_tokens * number_bytes;
+constexpr int bias_bytes = has_bias ? warps * (part_bytes + turned_bytes) + chunk_tokens * step_bytes : 0;
 constexpr int warp_bytes = columns * head_dim * 2;  // queries as fragments, and results on their way out
 
 extern __shared__ __align__(1024) uint8 shared_bytes[];
@@ -121,6 +122,23 @@ INLINE void load_queries(Queries& queries, uint8* shared, float* sums, const Que
     }
 }
 
+// The block's first barrier makes it complete.
+INLINE Bias load_bias(uint8* shared, const BiasTables& tables, const Query* query, int stride, const Columns& all, float scaling) {
+    const int warp = threadIdx.x / 32;
+    uint32* steps = reinterpret_cast<uint32*>(shared);
+    float2* parts = reinterpret_cast<float2*>(shared + chunk_tokens * step_bytes + warp * (part_bytes + turned_bytes));
+    const float power = bias_power(tables.bias);
+    fill_steps(steps, chunk_tokens, tables);
+#pragma unroll 4
+    for (int column = 0; column < columns; ++column) {
+        const int number = all.query(warp * columns + column);
+        const Query* row = query + static_cast<long long>(all.work.start + max(number, 0)) * stride + all.head(warp * columns + column) * head_dim;
+        stage_part(parts + column * angles, row, number >= 0, tables.bias, power);
+    }
+    __syncwarp();
+    return {steps, parts, reinterpret_cast<uint2*>(parts + columns * angles), scaling / power, tables};
+}
+
 // The tokens [first, end) that somebody in the block sees.
 struct Range {
     int first, end;
@@ -201,8 +219,8 @@ INLINE void store(const State& state, uint8* shared, Query* out, const float* va
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM)
 attention_prefill(const Query* query, const uint8* pool, const int* page_table, const int* query_starts, const int* lengths,
-                  const float* value_bias, Query* out, int sequences, int heads, int kv_heads, int max_pages, int query_stride,
-                  int window, float scaling) {
+                  const float* value_bias, const float* key_bias, const float* cos, const float* sin, int positions, Query* out,
+                  int sequences, int heads, int kv_heads, int max_pages, int query_stride, int window, float scaling) {
     const int group = heads / kv_heads, block_queries = warps * columns / group, kv_head = blockIdx.y;
     allow_next_kernel();
     wait_for_previous_kernel();
@@ -215,7 +233,7 @@ attention_prefill(const Query* query, const uint8* pool, const int* page_table, 
     const int* pages = page_table + static_cast<long long>(work.sequence) * max_pages;
     const long long page_stride = static_cast<long long>(kv_heads) * page_bytes;
     pool += static_cast<long long>(kv_head) * page_bytes;
-    uint8* ring = shared_bytes + warps * (warp_bytes + columns * sizeof(float));
+    uint8* ring = shared_bytes + warps * (warp_bytes + columns * sizeof(float)) + bias_bytes;
     int chunk = range.first / chunk_tokens;
 #pragma unroll
     for (int stage = 0; stage < stages - 1; ++stage) copy_chunk(ring + stage * stage_bytes, pool, pages, page_stride, chunk + stage, range);
@@ -223,8 +241,11 @@ attention_prefill(const Query* query, const uint8* pool, const int* page_table, 
     const Columns all = {work, group, block_queries};
     Queries queries;
     uint8* own = shared_bytes + warp * warp_bytes;
+    query += kv_head * group * head_dim;
+    Bias bias;
+    if constexpr (has_bias) bias = load_bias(shared_bytes + warps * (warp_bytes + columns * sizeof(float)), {key_bias + kv_head * head_dim, cos, sin, positions}, query, query_stride, all, scaling);
     load_queries(queries, own, reinterpret_cast<float*>(shared_bytes + warps * warp_bytes) + warp * columns,
-                 query + kv_head * group * head_dim, query_stride, all, scaling);
+                 query, query_stride, all, scaling);
     const int first_place = warp * columns / group, last_place = min((warp * columns + columns - 1) / group, block_queries - 1);
     const int own_lowest = lowest + first_place, own_top = min(lowest + last_place, top);  // positions of the warp's queries
 
@@ -237,6 +258,7 @@ attention_prefill(const Query* query, const uint8* pool, const int* page_table, 
         __syncthreads();  // the chunk is there for all warps, and none still reads the one before
         copy_chunk(ring + free_stage * stage_bytes, pool, pages, page_stride, chunk + stages - 1, range);
         const uint8* here = ring + stage * stage_bytes;
+        if constexpr (has_bias) bias.turn(chunk * chunk_tokens);
 #pragma unroll 1
         for (int step = 0; step < chunk_tokens; step += step_tokens) {
             const int first_token = chunk * chunk_tokens + step;
@@ -245,6 +267,7 @@ attention_prefill(const Query* query, const uint8* pool, const int* page_table, 
             Scores<token_tiles> scores;
             TileNumbers<token_tiles> numbers;
             score<token_tiles>(scores, numbers, tokens, queries);
+            if constexpr (has_bias) bias.add<token_tiles>(scores, step);
             if (first_token + step_tokens - 1 > own_lowest || first_token <= own_top - window)
                 hide_unseen(scores, numbers, queries, first_token, window, range);
             keep_in_range<token_tiles>(state, scores, numbers);

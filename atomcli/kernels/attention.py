@@ -82,7 +82,7 @@ def decode(
     graph serves them all. Raises UnsupportedError for shapes or dtypes that don't fit each other.
     """
     _check(query, pool, fmt)
-    _check_sequences(query, page_table, lengths, key_bias, rope, keys_rotated)
+    _check_sequences(query, page_table, lengths, key_bias, value_bias, rope, keys_rotated)
     if len(lengths) != len(query):
         raise UnsupportedError(f"{len(query)} queries need as many lengths, not {len(lengths)}.")
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device) if out is None else out
@@ -118,7 +118,7 @@ def prefill(
     keys, lengths int32 (B,). The rest as in `decode`.
     """
     _check(query, pool, fmt)
-    _check_sequences(query, page_table, lengths, key_bias, rope, keys_rotated)
+    _check_sequences(query, page_table, lengths, key_bias, value_bias, rope, keys_rotated)
     if len(query_starts) != len(lengths) + 1 or query_starts.dtype != torch.int32:
         raise UnsupportedError(f"query_starts must be int32 ({len(lengths) + 1},), not {tuple(query_starts.shape)}.")
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device) if out is None else out
@@ -134,12 +134,10 @@ def why_not(
     fmt: PageFormat,
     device: torch.device | str,
     dtype: torch.dtype = torch.bfloat16,
-    key_bias: bool = False,
     keys_rotated: bool = True,
 ) -> str | None:
-    """Why the reference decodes these pages on `device`, or None where a kernel does."""
-    reason = _machine_reason(torch.device(device)) or attention_launch.why_not(fmt, dtype, keys_rotated)
-    return "a key bias is added back by the reference alone" if reason is None and key_bias else reason
+    """Why the reference attends to these pages on `device`, or None where the kernels do."""
+    return _machine_reason(torch.device(device)) or attention_launch.why_not(fmt, dtype, keys_rotated)
 
 
 def _check(query: Tensor, pool: Tensor, fmt: PageFormat) -> None:
@@ -156,6 +154,7 @@ def _check_sequences(
     page_table: Tensor,
     lengths: Tensor,
     key_bias: Tensor | None,
+    value_bias: Tensor | None,
     rope: Rope | None,
     keys_rotated: bool,
 ) -> None:
@@ -165,6 +164,12 @@ def _check_sequences(
         raise UnsupportedError(f"page_table and lengths are int32, not {page_table.dtype} and {lengths.dtype}.")
     if rope is None and (key_bias is not None or not keys_rotated):
         raise UnsupportedError("A key bias, or keys stored before RoPE, need the rope tables.")
+    tables = {"key_bias": key_bias, "value_bias": value_bias, "cosines": rope and rope[0], "sines": rope and rope[1]}
+    for name, table in tables.items():
+        if table is not None and (table.dtype != torch.float32 or not table.is_contiguous()):
+            raise UnsupportedError(
+                f"The {name} must be contiguous fp32, not {table.dtype} of strides {table.stride()}."
+            )
 
 
 # ---------------------------------------------------------------------------------------------- operators
@@ -205,9 +210,10 @@ def _decode(
     fmt, device = _format(element, query.shape[2], page), query.device
     if not len(query):
         return
-    if why_not(fmt, device, query.dtype, key_bias is not None, keys_rotated) is None:
+    if why_not(fmt, device, query.dtype, keys_rotated) is None:
         attention_launch.launch_decode(
-            attention_launch.load_on(device), query, pool, fmt, page_table, lengths, scaling, window, value_bias, out,
+            attention_launch.load_on(device), query, pool, fmt, page_table, lengths, scaling, window,
+            attention_launch.Biases(key_bias, value_bias, cos, sin, hadamard), out,
             processors=compiler.multiprocessors(device),
             shared_limit=attention_launch.SHARED_LIMITS[compiler.architecture(device)],
         )  # fmt: skip
@@ -228,10 +234,11 @@ def _prefill(
     fmt, device = _format(element, query.shape[2], page), query.device
     if not len(query):
         return
-    if why_not(fmt, device, query.dtype, key_bias is not None, keys_rotated) is None:
+    if why_not(fmt, device, query.dtype, keys_rotated) is None:
         attention_launch.launch_prefill(
             attention_launch.load_on(device), query, pool, fmt, page_table, query_starts, lengths, scaling, window,
-            value_bias, out, shared_limit=attention_launch.SHARED_LIMITS[compiler.architecture(device)],
+            attention_launch.Biases(key_bias, value_bias, cos, sin, hadamard), out,
+            shared_limit=attention_launch.SHARED_LIMITS[compiler.architecture(device)],
         )  # fmt: skip
         return
     rope = None if cos is None or sin is None else (cos, sin)

@@ -58,6 +58,31 @@ def why_not(fmt: PageFormat, dtype: torch.dtype, keys_rotated: bool = True) -> s
 # ----------------------------------------------------------------------------------------------- decode
 
 
+class Biases(NamedTuple):
+    """Projection biases that the cache was filled without, fp32 (kv_heads, head_dim), and what rotates the keys'.
+
+    cos, sin: fp32 (positions, head_dim / 2); hadamard: keys and queries are in the Hadamard basis.
+    """
+
+    key: Tensor | None = None
+    value: Tensor | None = None
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+    hadamard: bool = False
+
+    @property
+    def defines(self) -> dict[str, int | str]:
+        """What the kernels are compiled with."""
+        return {"KEY_BIAS": int(self.key is not None), "HADAMARD": int(self.key is not None and self.hadamard)}
+
+    def arguments(self) -> tuple[Tensor | int | None, ...]:
+        """The kernels' arguments."""
+        return self.value, self.key, self.cos, self.sin, 0 if self.cos is None else self.cos.shape[0]
+
+
+NO_BIASES = Biases()
+
+
 class DecodePlan(NamedTuple):
     """One compiled decode kernel: its defines, query heads of a block, shared memory, blocks that fit an SM."""
 
@@ -67,7 +92,9 @@ class DecodePlan(NamedTuple):
     blocks_per_processor: int
 
 
-def plan_decode(fmt: PageFormat, dtype: torch.dtype, group: int, shared_limit: int) -> DecodePlan:
+def plan_decode(
+    fmt: PageFormat, dtype: torch.dtype, group: int, shared_limit: int, biases: Biases = NO_BIASES
+) -> DecodePlan:
     """The kernel for `group` query heads per KV head: 8 or 16 columns of an MMA, a ring of three stages if they fit.
 
     A warp's chunk is 32 tokens of short rows, 16 of long ones, 2 to 16 KB: with 16 warps on an SM of an H100 two stages
@@ -78,6 +105,8 @@ def plan_decode(fmt: PageFormat, dtype: torch.dtype, group: int, shared_limit: i
     blocks = 4 if tiles == 1 and fmt.head_dim <= 128 else 2
     columns = 8 * tiles
     queries = columns * (fmt.head_dim * 2 + 4)
+    if biases.key is not None:
+        queries += 2 * fmt.head_dim * ((2 + WARPS) * columns + chunk)
     records = WARPS * columns * (fmt.head_dim + 2) * 4
     stages = 3
     while stages > 2 and queries + WARPS * stages * chunk * fmt.bytes_per_token > shared_limit:
@@ -93,6 +122,7 @@ def plan_decode(fmt: PageFormat, dtype: torch.dtype, group: int, shared_limit: i
         "WARPS": WARPS,
         "STAGES": stages,
         "BLOCKS_PER_SM": blocks,
+        **biases.defines,
     }
     return DecodePlan(defines, columns, shared, blocks)
 
@@ -104,13 +134,12 @@ def splits_for(places: int, chunks: int, slots: int) -> int:
 
 def launch_decode(
     load: Loader, query: Tensor, pool: Tensor, fmt: PageFormat, page_table: Tensor, lengths: Tensor, scaling: float,
-    window: int | None, value_bias: Tensor | None, out: Tensor, *, processors: int, shared_limit: int,
-    splits: int | None = None,
+    window: int | None, biases: Biases, out: Tensor, *, processors: int, shared_limit: int, splits: int | None = None,
 ) -> None:  # fmt: skip
     """Enqueue the decode kernel; the number of parts depends on shapes alone, never on lengths."""
     query = _dense_heads(query)
     (batch, heads, head_dim), kv_heads = query.shape, pool.shape[1]
-    plan = plan_decode(fmt, query.dtype, heads // kv_heads, shared_limit)
+    plan = plan_decode(fmt, query.dtype, heads // kv_heads, shared_limit, biases)
     blocks = kv_heads * -(-heads // kv_heads // plan.columns)
     chunks = page_table.shape[1] * fmt.page // int(plan.defines["CHUNK"])
     if splits is None:
@@ -118,8 +147,8 @@ def launch_decode(
     floats = batch * blocks * splits * plan.columns * (head_dim + 2) if splits > 1 else 1
     partials, arrivals = scratch(query.device, floats, batch * blocks)
     load(DECODE, plan.defines, plan.shared_bytes).launch(
-        (blocks, splits, batch), WARPS * 32, query, pool, page_table, lengths, value_bias, out, partials, arrivals,
-        heads, kv_heads, page_table.shape[1], query.stride(0), NO_WINDOW if window is None else window,
+        (blocks, splits, batch), WARPS * 32, query, pool, page_table, lengths, *biases.arguments(), out, partials,
+        arrivals, heads, kv_heads, page_table.shape[1], query.stride(0), NO_WINDOW if window is None else window,
         scaling * LOG2_E, overlap=True,
     )  # fmt: skip
 
@@ -135,12 +164,14 @@ class PrefillPlan(NamedTuple):
     shared_bytes: int
 
 
-def plan_prefill(fmt: PageFormat, dtype: torch.dtype, shared_limit: int) -> PrefillPlan:
+def plan_prefill(fmt: PageFormat, dtype: torch.dtype, shared_limit: int, biases: Biases = NO_BIASES) -> PrefillPlan:
     """The kernel whose warps have 16 columns each, over a ring of three chunks; 12 warps fit an SM's registers."""
     tiles = 2
     chunk = 64 if fmt.code_bytes <= 64 else 32 if fmt.code_bytes <= 256 else 16
     columns = WARPS * 8 * tiles
     queries = columns * (fmt.head_dim * 2 + 4)
+    if biases.key is not None:
+        queries += 2 * fmt.head_dim * (3 * columns + chunk)
     stages = 3
     while stages > 2 and queries + stages * chunk * fmt.bytes_per_token > shared_limit:
         stages -= 1
@@ -154,24 +185,25 @@ def plan_prefill(fmt: PageFormat, dtype: torch.dtype, shared_limit: int) -> Pref
         "STEP": 16,
         "WARPS": WARPS,
         "STAGES": stages,
-        "BLOCKS_PER_SM": 3 if fmt.element == "int4" and fmt.head_dim <= 128 else 2,
+        "BLOCKS_PER_SM": 3 if fmt.element == "int4" and fmt.head_dim <= 128 and biases.key is None else 2,
+        **biases.defines,
     }
     return PrefillPlan(defines, columns, queries + stages * chunk * fmt.bytes_per_token)
 
 
 def launch_prefill(
     load: Loader, query: Tensor, pool: Tensor, fmt: PageFormat, page_table: Tensor, query_starts: Tensor,
-    lengths: Tensor, scaling: float, window: int | None, value_bias: Tensor | None, out: Tensor, *, shared_limit: int,
+    lengths: Tensor, scaling: float, window: int | None, biases: Biases, out: Tensor, *, shared_limit: int,
 ) -> None:  # fmt: skip
     """Enqueue the prefill kernel: a block for every `columns` queries of a sequence, as many as there could be."""
     query = _dense_heads(query)
     (tokens, heads, _), kv_heads, sequences = query.shape, pool.shape[1], len(lengths)
-    plan = plan_prefill(fmt, query.dtype, shared_limit)
+    plan = plan_prefill(fmt, query.dtype, shared_limit, biases)
     queries = plan.columns // (heads // kv_heads)
     blocks = -(-tokens // queries) + min(sequences, tokens) - 1
     load(PREFILL, plan.defines, plan.shared_bytes).launch(
-        (blocks, kv_heads), WARPS * 32, query, pool, page_table, query_starts, lengths, value_bias, out, sequences,
-        heads, kv_heads, page_table.shape[1], query.stride(0), NO_WINDOW if window is None else window,
+        (blocks, kv_heads), WARPS * 32, query, pool, page_table, query_starts, lengths, *biases.arguments(), out,
+        sequences, heads, kv_heads, page_table.shape[1], query.stride(0), NO_WINDOW if window is None else window,
         scaling * LOG2_E, overlap=True,
     )  # fmt: skip
 

@@ -128,8 +128,7 @@ class Attention(nn.Module):
         if self.head_dim % 32:  # no page is made for it
             return None
         fmt = PageFormat(self.kv.element, self.head_dim)
-        has_bias = self.kv.bias_free and self.k_proj.bias is not None
-        reason = why_not(fmt, x.device, x.dtype, has_bias, self.kv.position == "after_rope")
+        reason = why_not(fmt, x.device, x.dtype, self.kv.position == "after_rope")
         return paged_layer(cache, self.layer_idx, fmt) if reason is None else None
 
     def _attend_in_pages(

@@ -10,7 +10,7 @@ from atomcli.kernels import attention_reference as reference
 from atomcli.kernels.compiler import compile_source
 from atomcli.kernels.dispatch import ARCHITECTURES
 from atomcli.kernels.pages import Element, PageFormat
-from tests.kernels.attention_cases import problem, relative_error
+from tests.kernels.attention_cases import problem, relative_error, rope_tables
 from tests.kernels.disassembly import compiles, disassembles, sass
 from tests.kernels.emulator import COMPILER, HostKernel
 
@@ -44,8 +44,8 @@ def test_decode(element: Element, lengths: list[int], splits: int, window: int |
     bias = torch.randn(case.pool.shape[1], case.fmt.head_dim)
     out = torch.full_like(case.query, float("nan"))
     launch.launch_decode(
-        on_host, case.query, case.pool, case.fmt, case.page_table, case.lengths, SCALING, window, bias, out,
-        processors=1, shared_limit=LARGE, splits=splits,
+        on_host, case.query, case.pool, case.fmt, case.page_table, case.lengths, SCALING, window,
+        launch.Biases(value=bias), out, processors=1, shared_limit=LARGE, splits=splits,
     )  # fmt: skip
     assert relative_error(out, case.expected(SCALING, window, None, bias)) < TOLERANCE
 
@@ -70,6 +70,31 @@ def test_prefill(
         out, shared_limit=LARGE,
     )  # fmt: skip
     assert relative_error(out, case.expected(SCALING, window, None, bias)) < TOLERANCE
+
+
+@emulates
+@pytest.mark.parametrize("queries", [None, [9, 0, 30]])
+@pytest.mark.parametrize(("head_dim", "hadamard"), [(64, False), (96, True)])
+def test_key_biases_come_back(queries: list[int] | None, head_dim: int, hadamard: bool) -> None:
+    """From rotations whose tables carry a factor, as those of some families do."""
+    case = problem("int4", [40, 1, 75], queries=queries, head_dim=head_dim, page=32)
+    key_bias, value_bias = torch.randn(2, head_dim) * 3, torch.randn(2, head_dim)
+    cos, sin = (1.2 * table for table in rope_tables(75, head_dim))
+    turned = reference.rotate(key_bias.expand(75, 2, head_dim), cos, sin)
+    biases = launch.Biases(key_bias, value_bias, cos, sin, hadamard)
+    out = torch.full_like(case.query, float("nan"))
+    if queries is None:
+        launch.launch_decode(
+            on_host, case.query, case.pool, case.fmt, case.page_table, case.lengths, SCALING, None, biases, out,
+            processors=1, shared_limit=LARGE, splits=1,
+        )  # fmt: skip
+    else:
+        launch.launch_prefill(
+            on_host, case.query, case.pool, case.fmt, case.page_table, case.starts, case.lengths, SCALING, None,
+            biases, out, shared_limit=LARGE,
+        )  # fmt: skip
+    turned = reference.hadamard_heads(turned) if hadamard else turned
+    assert relative_error(out, case.expected(SCALING, None, turned, value_bias)) < TOLERANCE
 
 
 @emulates

@@ -153,11 +153,9 @@ class AtomAttention(AttentionImpl[AtomMetadata]):
         device = torch.device(vllm.device_config.device_type)
         if device.type == "cuda":
             fmt = page_format(self.kv, self.head_size, PAGES[0])
-            reason = attention.why_not(
-                fmt, device, act_dtype, self.key_bias is not None, self.kv.position == "after_rope"
-            )
+            reason = attention.why_not(fmt, device, act_dtype, self.kv.position == "after_rope")
             if reason is not None:
-                raise UnsupportedError(f"No kernel attends to the checkpoint's KV cache on this GPU: {reason}.")
+                raise UnsupportedError(f"No kernel attends to the checkpoint's KV cache on this GPU: {reason}")
         self.turns = identity(vllm.scheduler_config.max_num_batched_tokens, self.head_size // 2, device)
 
     def forward(
@@ -223,7 +221,7 @@ class AtomCacheMethod(BaseKVCacheMethod):
         kv = config.plan.kv_cache
         page_format(kv, layer.head_size, PAGES[0])  # refuses here what no page can hold
         if getattr(layer, "head_size_v", layer.head_size) != layer.head_size or layer.has_sink:
-            raise UnsupportedError(f"{layer.layer_name} attends in a way that atom's cache doesn't know.")
+            raise UnsupportedError(f"{layer.layer_name} attends in a way that atom's cache doesn't know")
         layer.impl = AtomAttention(layer, kv, config)
         layer.attn_backend = AtomBackend
         layer.get_kv_cache_spec = MethodType(partial(cache_spec, kv), layer)

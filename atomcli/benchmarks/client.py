@@ -107,9 +107,9 @@ def _gauge(metrics: str, name: str) -> float:
     )
 
 
-async def _complete(port: int, body: dict[str, Any]) -> Answer:
+async def _complete(port: int, asked: dict[str, Any]) -> Answer:
     """One streamed completion; only the last event, which holds the counts, is read as JSON."""
-    content = json.dumps(body | {"stream": True, "stream_options": {"include_usage": True}}).encode()
+    content = json.dumps(asked | {"stream": True, "stream_options": {"include_usage": True}}).encode()
     head = f"POST /v1/completions HTTP/1.0\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
     sent = time.perf_counter()
     reader, writer = await asyncio.open_connection(HOST, port, limit=2**22)
@@ -117,7 +117,8 @@ async def _complete(port: int, body: dict[str, Any]) -> Answer:
         writer.write(head.encode() + content)
         status = await reader.readline()
         if b" 200 " not in status:
-            raise RunError(f"The server refused a request: {(await reader.read()).decode(errors='replace')[-300:]}")
+            body = (await reader.read()).partition(b"\r\n\r\n")[2].decode(errors="replace")
+            raise RunError(f"The server refused a request: {body[-300:]}")
         times, events, usage = [0.0, 0.0], 0, b""
         while line := await reader.readline():
             if not line.startswith(b"data: {"):
@@ -130,8 +131,8 @@ async def _complete(port: int, body: dict[str, Any]) -> Answer:
     finally:
         writer.close()
     tokens = json.loads(usage.removeprefix(b"data: "))["usage"]["completion_tokens"] if usage else 0
-    if tokens != body["max_tokens"]:
-        raise RunError(f"The server answered {tokens} tokens where {body['max_tokens']} were asked for")
+    if tokens != asked["max_tokens"]:
+        raise RunError(f"The server answered {tokens} tokens where {asked['max_tokens']} were asked for")
     return Answer(sent, times[0], times[1] if events > 1 else times[0], tokens)
 
 

@@ -138,11 +138,11 @@ def check_options(vllm: Any, plan: Plan) -> None:
     }
     for option, given in refused.items():
         if given:
-            raise UnsupportedError(f"An atom checkpoint can't be served with {option}.", "Leave the option out.")
+            raise UnsupportedError(f"An atom checkpoint can't be served with {option}", "Leave the option out")
     if quantized and cache != "auto":
         raise UnsupportedError(
-            f"The checkpoint keeps its KV cache in {plan.kv_cache.element}; --kv-cache-dtype {cache} contradicts it.",
-            "Leave --kv-cache-dtype out.",
+            f"The checkpoint keeps its KV cache in {plan.kv_cache.element}; --kv-cache-dtype {cache} contradicts it",
+            "Leave --kv-cache-dtype out",
         )
 
 
@@ -157,15 +157,15 @@ def check_ranks(plan: Plan, ranks: int) -> None:
         side = "in_features" if kind in ("o_proj", "down_proj") else "out_features"
         if entry[side] % ranks:
             raise UnsupportedError(
-                f"{name} has {entry[side]} {side}, which --tensor-parallel-size {ranks} doesn't divide.",
-                "Use a size that divides it.",
+                f"{name} has {entry[side]} {side}, which --tensor-parallel-size {ranks} doesn't divide",
+                "Use a size that divides it",
             )
 
 
 def check_kernels(plan: Plan, dtype: torch.dtype) -> None:
     """Raise UnsupportedError when the GPU has no kernel for a linear: the reference would be slower than bf16."""
     if dtype == torch.float32:
-        raise UnsupportedError("On a GPU an atom checkpoint is served in bfloat16 or float16, not float32.")
+        raise UnsupportedError("On a GPU an atom checkpoint is served in bfloat16 or float16, not float32")
     seen: Sequence[tuple[str, Scheme, int]] = [
         (name, scheme_of(entry, plan.schemes), int(entry["in_features"])) for name, entry in plan.linears.items()
     ]
@@ -173,6 +173,6 @@ def check_kernels(plan: Plan, dtype: torch.dtype) -> None:
         choice = dispatch.choose(scheme, "cuda", in_features)
         if choice.kernel is None:
             raise UnsupportedError(
-                f"No kernel serves {name} ({scheme.name}) on this GPU: {choice.reason}.",
-                "`atom doctor` lists the schemes that it serves.",
+                f"No kernel serves {name} ({scheme.name}) on this GPU: {choice.reason}",
+                "`atom doctor` lists the schemes that it serves",
             )

@@ -37,7 +37,7 @@ class AtomExpertsMethod(FusedMoEMethodBase):
         if layer.activation.value != "silu" or layer.apply_router_weight_on_input or count < self.ranks:
             raise UnsupportedError(
                 f"{self.name} has {count} experts with the activation {layer.activation.value}; atom serves at least "
-                f"one per rank ({self.ranks}), with silu, weighted on their output."
+                f"one per rank ({self.ranks}), with silu, weighted on their output"
             )
         width = layer.moe_config.intermediate_size_per_partition * layer.moe_config.tp_size
         experts = []
@@ -62,7 +62,7 @@ class AtomExpertsMethod(FusedMoEMethodBase):
             if own not in state or state[own].shape != tensor.shape or not _castable(state[own], tensor):
                 raise InputError(
                     f"Tensor {self.name}.{name} is {tensor.dtype} {list(tensor.shape)}, which config.json contradicts",
-                    "config.json and the tensors belong to different checkpoints.",
+                    "config.json and the tensors belong to different checkpoints",
                 )
             state[own].copy_(tensor)
             self.missing.discard(own)
@@ -81,7 +81,7 @@ class AtomExpertsMethod(FusedMoEMethodBase):
             return
         choice = self.experts.kernel_choice()
         if choice.kernel is None:
-            raise UnsupportedError(f"No kernel serves the experts {self.name} on this GPU: {choice.reason}.")
+            raise UnsupportedError(f"No kernel serves the experts {self.name} on this GPU: {choice.reason}")
         self.run = GroupedExperts.of(list(self.experts))
         del self.experts
 
@@ -107,7 +107,7 @@ class AtomExpertsMethod(FusedMoEMethodBase):
             raise InputError(
                 f"quantization_config says {name} is {entry['out_features']} x {entry['in_features']}; the model's "
                 f"config says {rows} x {columns}",
-                "config.json was edited or belongs to another checkpoint.",
+                "config.json was edited or belongs to another checkpoint",
             )
         return QuantLinear.from_entry(entry, self.config.plan.schemes, dtype, None)
 

@@ -64,7 +64,7 @@ class Shard:
         if target is None or target.shape != share.shape or (self.scheme is not None and target.dtype != share.dtype):
             raise InputError(
                 f"Tensor {self.name}.{suffix} is {tensor.dtype} {list(tensor.shape)}, which config.json contradicts",
-                "config.json and the tensors belong to different checkpoints.",
+                "config.json and the tensors belong to different checkpoints",
             )
         target.copy_(share)
         self.loaded.add(suffix)
@@ -127,7 +127,7 @@ class AtomLinearMethod(LinearMethodBase):
                 shard.loaded |= shard.tensors().keys()
             missing = sorted(shard.tensors().keys() - shard.loaded)
             if missing:
-                raise InputError(f"The checkpoint lacks {shard.name}.{missing[0]}", "The checkpoint is incomplete.")
+                raise InputError(f"The checkpoint lacks {shard.name}.{missing[0]}", "The checkpoint is incomplete")
             if isinstance(shard.module, QuantLinear) and shard.module.kernel_choice().kernel is None:
                 size = 4 * shard.module.in_features * shard.module.out_features
                 shard.module.keep_dequantized = self.config.has_room(size)
@@ -218,7 +218,7 @@ def row_bounds(layer: Any, sizes: Sequence[int]) -> list[tuple[int, int]]:
     if isinstance(layer, QKVParallelLinear):
         ranks[1:] = [layer.tp_rank // layer.num_kv_head_replicas] * 2
     elif not isinstance(layer, MergedColumnParallelLinear) and len(sizes) != 1:
-        raise UnsupportedError(f"vLLM merges the projections of {layer.prefix} in a way that atom doesn't know.")
+        raise UnsupportedError(f"vLLM merges the projections of {layer.prefix} in a way that atom doesn't know")
     return [(rank * size, (rank + 1) * size) for rank, size in zip(ranks, sizes, strict=True)]
 
 

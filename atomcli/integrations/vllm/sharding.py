@@ -80,7 +80,7 @@ def split_rows(
         raise UnsupportedError(
             f"{name} has {body} body channels in pieces of {piece} and {scheme.outliers} outliers, which "
             f"tensor_parallel_size {ranks} can't split",
-            "Use fewer ranks.",
+            "Use fewer ranks",
         )
     parts = (Part(rows, span, rank == ranks - 1) for rank, span in enumerate(bounds))
     return RowSplit(tuple(parts), True)

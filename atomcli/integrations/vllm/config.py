@@ -139,6 +139,11 @@ def check_options(vllm: Any, plan: Plan) -> None:
     for option, given in refused.items():
         if given:
             raise UnsupportedError(f"An atom checkpoint can't be served with {option}", "Leave the option out")
+    if plan.kv_cache.centered or plan.kv_blocks:
+        raise UnsupportedError(
+            "vLLM's pages hold neither keys without their center nor blocks in different formats",
+            "Compress with kv_cache.centered: false and without kv_cache.int8, or run it through transformers",
+        )
     if quantized and cache != "auto":
         raise UnsupportedError(
             f"The checkpoint keeps its KV cache in {plan.kv_cache.element}; --kv-cache-dtype {cache} contradicts it",

@@ -5,18 +5,13 @@ interrupted bench continues with the row it was in, and a second one with anothe
 Peers run in their own Python; all rows are scored against the same recording of the parent by the same code.
 """
 
-import hashlib
 import json
 import logging
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from atomcli.benchmarks.peers import INSTALL, Peer, run_peer
 from atomcli.benchmarks.report import Measure, Row, exact, mean
@@ -25,113 +20,25 @@ from atomcli.benchmarks.scores import (
     load_recording,
     make,
     parent_perplexity,
-    save_recording,
-    save_tokens,
     score,
     versions,
     write,
 )
-from atomcli.checkpoint.directory import DirectorySource
+from atomcli.benchmarks.trial import Ground, Trial, Watcher, file_digest, prepare, stored_bits
 from atomcli.checkpoint.files import read_json
-from atomcli.checkpoint.source import Source
-from atomcli.checkpoint.tensorfile import TensorFile
-from atomcli.checkpoint.writer import finish, publish, shard_file, unfinished, write_shard
-from atomcli.errors import AtomError, InputError, UsageError
-from atomcli.evaluation.divergence import record
-from atomcli.evaluation.scoring import Progress as Counter
+from atomcli.errors import AtomError, UsageError
 from atomcli.formats.scheme import Scheme
-from atomcli.models.registry import describe
-from atomcli.models.tensors import account
 from atomcli.overrides import override
-from atomcli.pipeline.calibrate import calibrate, tokens_digest, tokens_for
 from atomcli.pipeline.compress import compress
-from atomcli.pipeline.progress import Progress
 from atomcli.recipe import MICROSCALED, Recipe, load_recipe
 from atomcli.runtime import decoder, saved
 from atomcli.version import __version__
 
 KINDS = ("W16A16", "W4A16", "W4A8", "W4A4 INT", "W4A4 FP", "W8A8", "mixed")
-_BLOCK = re.compile(r"model\.layers\.(\d+)\.")
 _LOG = logging.getLogger("atomcli")
-
 
 # What the default leaderboard has of ours: the default of each class that peers compete in.
 RECIPES = ("w4a16", "atom-w4a8", "atom-w4a4", "atom-best", "nvfp4")
-
-
-class Watcher(Progress, Protocol):
-    """Progress that can also count for work which reports its own steps."""
-
-    def counter(self, stage: str, unit: str) -> Counter:
-        """A callback (done, total) for one stage."""
-
-
-@dataclass(frozen=True)
-class Trial:
-    """What all rows have in common: the parent, the text to calibrate on, what is measured, and where it is kept.
-
-    `calibration` is a recipe whose calibration section counts for every row. windows: int64 (n, length).
-    """
-
-    source: Source
-    calibration: Recipe
-    windows: Tensor
-    out: Path
-    tasks: tuple[str, ...] = ()
-    limit: int | None = None
-    group: int = 128
-    device: str = "cpu"
-
-
-@dataclass
-class Ground:
-    """The files that a trial's rows stand on, and the parent's linears: name -> (out_features, in_features)."""
-
-    trial: Trial
-    parent: Path
-    tokens: Path
-    recording: Path
-    digest: str
-    linears: Mapping[str, tuple[int, int]]
-    names_on_disk: Mapping[str, str]
-    _artifact: Path | None = field(default=None)
-
-    def job(self, directory: Path, method: str) -> Job:
-        """The job of one row."""
-        trial = self.trial
-        measured = directory / f"text-{_key(self.recording.name)}.json"
-        asked = _key([_file_digest(task) for task in trial.tasks], trial.limit)
-        return Job(
-            method=method,
-            parent=self.parent,
-            tokens=self.tokens,
-            recording=self.recording,
-            checkpoint=directory / "checkpoint",
-            made=directory / "made.json",
-            text=measured,
-            tasks_result=directory / f"tasks-{asked}.json",
-            group=trial.group,
-            seed=trial.calibration.calibration.seed,
-            tasks=trial.tasks,
-            limit=trial.limit,
-            device=trial.device,
-        )
-
-    def artifact(self, watcher: Watcher) -> Path:
-        """Our calibration of the trial's text, made when the first recipe needs it."""
-        if self._artifact is None:
-            self._artifact = self.trial.out / f"calibration-{self.digest[:12]}"
-            calibrate(
-                self.trial.source, self.trial.calibration, self._artifact, device=self.trial.device, progress=watcher
-            )
-        return self._artifact
-
-    def row_directory(self, name: str, *depends_on: Any) -> Path:
-        """Where a row is kept; everything that it depends on, the measured text apart, is in its name."""
-        key = _key(self.trial.source.fingerprint(), self.digest, *depends_on)
-        directory = self.trial.out / "rows" / f"{re.sub(r'[^A-Za-z0-9.]+', '-', name).strip('-')}-{key}"
-        directory.mkdir(parents=True, exist_ok=True)
-        return directory
 
 
 def adapt(name: str, group: int, kv_cache: str | None, calibration: Mapping[str, Any]) -> Recipe:
@@ -167,48 +74,6 @@ def leaderboard(
     for peer in peers:
         rows.append(_kept(peer.method, peer.library, peer.kind, partial(_peer_row, ground, peer, pythons)))
     return sorted(rows, key=_rank)
-
-
-def prepare(trial: Trial, watcher: Watcher) -> Ground:
-    """The parent as a directory, the calibration tokens and the parent's recording; what is there is used again."""
-    source = trial.source
-    trial.out.mkdir(parents=True, exist_ok=True)
-    parent = source.path if isinstance(source, DirectorySource) else _export(source, trial.out / "parent")
-    tokens = tokens_for(source, trial.calibration)
-    digest = tokens_digest(tokens)
-    tokens_file = trial.out / f"tokens-{digest[:12]}.safetensors"
-    if not tokens_file.is_file():
-        save_tokens(tokens, tokens_file)
-    recording = trial.out / f"recording-{_key(source.fingerprint(), tokens_digest(trial.windows))}.safetensors"
-    if not recording.is_file():
-        model = decoder.load_parent(source).to(trial.device)  # type: ignore[arg-type]
-        save_recording(record(model, trial.windows, watcher.counter("parent", "window")), recording)
-        del model
-    found = account(describe(source.config), source.config, source.names(), source.shape).quantizable
-    inside = {name: disk for name, disk in found.items() if _BLOCK.match(name)}
-    linears = {name: (source.shape(disk)[0], source.shape(disk)[1]) for name, disk in inside.items()}
-    return Ground(trial, parent, tokens_file, recording, digest, linears, inside)
-
-
-def stored_bits(directory: Path, ground: Ground, code_bits: int = 4) -> float:
-    """Bits per weight of all linears in the blocks, by the tensors that a directory's safetensors files hold for them.
-
-    Scales, zero points, orders and outliers count with every bit; codes that a format keeps one in a byte (INT8
-    tensors called `weight`) count `code_bits`. Raises InputError for a linear without any tensor.
-    """
-    size = dict.fromkeys(ground.linears, 0.0)
-    owners = {name: name for name in ground.linears}
-    owners |= {disk.removesuffix(".weight"): name for name, disk in ground.names_on_disk.items()}
-    for path in sorted(directory.glob("*.safetensors")):
-        for tensor, entry in TensorFile(path).entries.items():
-            linear, _, part = tensor.rpartition(".")
-            if linear in owners and part != "bias":
-                bits = 8 * (entry.end - entry.start)
-                unpacked = part == "weight" and entry.dtype == torch.int8
-                size[owners[linear]] += bits * code_bits / 8 if unpacked else bits
-    if missing := [name for name, bits in size.items() if not bits]:
-        raise InputError(f"{directory} has no tensors of {missing[0]}")
-    return sum(size.values()) / sum(rows * columns for rows, columns in ground.linears.values())
 
 
 def kind_of(schemes: Sequence[Scheme]) -> str:
@@ -260,7 +125,7 @@ def _recipe_row(ground: Ground, name: str, recipe: Recipe, watcher: Watcher) -> 
 
 def _checkpoint_row(ground: Ground, path: Path, watcher: Watcher) -> Row:
     """Measure a checkpoint of atom that is there, whatever it was calibrated on."""
-    directory = ground.row_directory(path.name, _file_digest(path / "config.json"), str(path.resolve()))
+    directory = ground.row_directory(path.name, file_digest(path / "config.json"), str(path.resolve()))
     job = replace(ground.job(directory, "checkpoint"), checkpoint=path)
     make(job, lambda _: {"versions": {"atom": __version__, **versions(["torch", "transformers"])}})
     return _own_row(ground, str(path), job, watcher, "calibrated as its report says")
@@ -278,11 +143,8 @@ def _own_row(ground: Ground, name: str, job: Job, watcher: Watcher, note: str = 
         return schemes[linear].bits_per_activation(channels) if linear in schemes else 16.0
 
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    bits = (
-        stored_bits(job.checkpoint, ground),
-        _over_inputs(ground, activation_bits),
-        plan.kv_cache.bits_per_value(head),
-    )
+    cache = [plan.cache_of(index).bits_per_value(head) for index in range(config.num_hidden_layers)]
+    bits = (stored_bits(job.checkpoint, ground), _over_inputs(ground, activation_bits), sum(cache) / len(cache))
     return _row(name, "atom", kind_of([*schemes.values()]), bits, job, note)
 
 
@@ -366,36 +228,5 @@ def _rank(row: Row) -> tuple[int, float]:
     return KINDS.index(kind) if kind in KINDS else len(KINDS), float("inf") if kld is None else kld.median
 
 
-def _export(source: Source, out: Path) -> Path:
-    """The parent as a directory that transformers and every peer can read, in its own dtype, one shard per block."""
-    if out.is_dir():
-        return out
-    directory = unfinished(out)
-    directory.mkdir(parents=True, exist_ok=True)
-    blocks: dict[int | None, list[str]] = {}
-    for name in sorted(source.names()):
-        matched = _BLOCK.match(name)
-        blocks.setdefault(int(matched[1]) if matched else None, []).append(name)
-    source.save_companions(directory)
-    shards = [
-        write_shard(directory, shard_file(block), {name: source.read(name) for name in names})
-        for block, names in blocks.items()
-    ]
-    finish(directory, shards)
-    publish(directory, out)
-    return out
-
-
 def _times(value: float | None, factor: float) -> float | None:
     return None if value is None else value * factor
-
-
-def _file_digest(name: str | Path) -> str:
-    """The contents of a file, or the name of what is none."""
-    path = Path(name).expanduser()
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else str(name)
-
-
-def _key(*parts: Any) -> str:
-    """Twelve letters that differ when anything in `parts` does."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]

@@ -229,6 +229,7 @@ def accuracy(
     """
     from atomcli.benchmarks import accuracy as bench
     from atomcli.benchmarks.peers import choose_peers, parse_pythons
+    from atomcli.benchmarks.trial import Trial
     from atomcli.checkpoint.source import open_source
     from atomcli.cli.models import check_models
     from atomcli.cli.progress import Progress
@@ -243,7 +244,7 @@ def accuracy(
     source = open_source(model)
     console.after_interruption = "Rows that are done are kept: the same command continues"
     with Progress() as progress:
-        trial = bench.Trial(
+        trial = Trial(
             source=source,
             calibration=next(iter(recipes.values())) if recipes else bench.adapt("w4a16", group, kv_cache, text),
             windows=evaluation_windows(data, source.tokenizer(), window_length, windows),

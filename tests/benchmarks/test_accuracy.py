@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from atomcli.benchmarks import accuracy, peers, scores
-from atomcli.benchmarks.accuracy import Trial, adapt, kind_of, leaderboard, prepare, stored_bits
+from atomcli.benchmarks.accuracy import adapt, kind_of, leaderboard
 from atomcli.benchmarks.peers import PEERS, choose_peers, parse_pythons, run_peer
 from atomcli.benchmarks.scores import Job, load_recording, make, parent_perplexity, score
+from atomcli.benchmarks.trial import Trial, export, prepare, record, stored_bits
 from atomcli.checkpoint.contents import read_contents
 from atomcli.checkpoint.source import open_source
 from atomcli.errors import RunError, UsageError
@@ -189,7 +190,7 @@ def test_stored_bits_are_those_of_the_checkpoint(trial: Trial, tmp_path: Path) -
 def test_an_exported_parent_is_the_parent(trial: Trial, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    exported = accuracy._export(trial.source, tmp_path / "parent")
+    exported = export(trial.source, tmp_path / "parent")
     tensors = AutoModelForCausalLM.from_pretrained(exported, dtype="auto").state_dict()
     expected = accuracy.decoder.load_parent(trial.source).state_dict()
     assert tensors.keys() == expected.keys()
@@ -226,7 +227,7 @@ def test_names_of_peers(tmp_path: Path) -> None:
 
 
 def test_recordings_survive_the_disk(trial: Trial, tmp_path: Path) -> None:
-    recording = accuracy.record(accuracy.decoder.load_parent(trial.source), trial.windows)
+    recording = record(accuracy.decoder.load_parent(trial.source), trial.windows)
     scores.save_recording(recording, tmp_path / "recording.safetensors")
     loaded = load_recording(tmp_path / "recording.safetensors")
     assert torch.equal(loaded.windows, recording.windows)

@@ -129,7 +129,8 @@ class Attention(nn.Module):
             return None
         fmt = PageFormat(self.kv.element, self.head_dim)
         reason = why_not(fmt, x.device, x.dtype, self.kv.position == "after_rope")
-        return paged_layer(cache, self.layer_idx, fmt) if reason is None else None
+        has_bias = self.kv.bias_free and self.k_proj.bias is not None
+        return paged_layer(cache, self.layer_idx, fmt, has_bias) if reason is None else None
 
     def _attend_in_pages(
         self, layer: PagedLayer, hidden_states: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None
@@ -157,10 +158,11 @@ class Attention(nn.Module):
         query = append(
             pool, layer.format, query, key, value, new.cos, new.sin, new.slots, self.kv.hadamard, rotate_keys
         )
-        bias = None if add_bias or self.v_proj.bias is None else self.v_proj.bias.float().view(-1, self.head_dim)
         shared: dict[str, Any] = {
             "window": window,
-            "value_bias": bias,
+            "key_bias": None if add_bias else self._head_bias(self.k_proj),
+            "value_bias": None if add_bias else self._head_bias(self.v_proj),
+            "rope": sequences.rope,
             "hadamard": self.kv.hadamard,
             "keys_rotated": rotate_keys,
         }
@@ -174,6 +176,9 @@ class Attention(nn.Module):
             padded[new.rows] = attended
             attended = padded
         return attended.view(batch, count, -1)
+
+    def _head_bias(self, linear: nn.Linear | QuantLinear) -> Tensor | None:
+        return None if linear.bias is None else linear.bias.float().view(-1, self.head_dim)
 
     def _heads(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
         """(batch, tokens, heads * head_dim) -> (batch, heads, tokens, head_dim)."""

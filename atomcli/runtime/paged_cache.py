@@ -33,10 +33,13 @@ class NewTokens:
 
 
 class Sequences:
-    """What all layers of a cache share: how long each row's sequence is and which pages hold it."""
+    """What all layers of a cache share: how long each row's sequence is and which pages hold it.
 
-    def __init__(self, page: int) -> None:
-        self.page = page
+    With `keeps_rope` also RoPE's cosines and sines of every position, for key biases that are rotated on reading.
+    """
+
+    def __init__(self, page: int, keeps_rope: bool = False) -> None:
+        self.page, self.keeps_rope = page, keeps_rope
         self.clear()
 
     def clear(self) -> None:
@@ -47,6 +50,7 @@ class Sequences:
         self.lengths: Tensor | None = None
         self.table: Tensor | None = None
         self.new: NewTokens | None = None
+        self.rope: tuple[Tensor, Tensor] | None = None  # fp32 (positions, head_dim / 2); the last row is no position's
 
     def extend(self, batch: int, count: int, mask: Tensor | None, cos: Tensor, sin: Tensor) -> None:
         """Take in `count` more tokens of each row; mask (B, 1, count, keys) as transformers makes it, cos, sin (B or 1,
@@ -70,6 +74,8 @@ class Sequences:
         self.lengths = (self.lengths + counts).int()
         half = cos.shape[-1] // 2
         cos, sin = (part[..., :half].float().expand(batch, -1, -1).flatten(0, 1) for part in (cos, sin))
+        if self.keeps_rope:
+            self._keep_rope(cos, sin, torch.where(real, positions, self.width * self.page).flatten())
         if count == 1:
             self.new = NewTokens(None, cos.contiguous(), sin.contiguous(), slots, None)
             return
@@ -93,6 +99,15 @@ class Sequences:
             past = torch.zeros(batch, self.columns, dtype=torch.bool, device=device)
         self.hidden = torch.cat([past, ~own], dim=1)
         return ~own
+
+    def _keep_rope(self, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
+        """Note the rotations of positions (T,); those of padding go to the row after the last position."""
+        rows = self.width * self.page + 1
+        if self.rope is None or len(self.rope[0]) < rows:
+            held = self.rope or (cos[:0], sin[:0])
+            grown = [torch.cat([part, part.new_zeros(rows - len(part), part.shape[1])]) for part in held]
+            self.rope = (grown[0], grown[1])
+        self.rope[0][positions], self.rope[1][positions] = cos, sin
 
     def check(self, mask: Tensor | None, window: int | None) -> None:
         """Raise UnsupportedError for a prompt's mask that hides more than padding, the future and what is too far."""
@@ -213,10 +228,11 @@ class PagedLayer(DynamicLayer):
             self.pool = self.pool.to(self.device, non_blocking=True)
 
 
-def paged_layer(cache: Cache, index: int, fmt: PageFormat) -> PagedLayer | None:
+def paged_layer(cache: Cache, index: int, fmt: PageFormat, keeps_rope: bool = False) -> PagedLayer | None:
     """Layer `index` of a cache as pages, or None where the cache is of another kind (a static one).
 
     A growing layer that is still empty is replaced: the caches that transformers makes by default hold pages then.
+    `keeps_rope` is for layers whose key biases are added on reading.
     """
     replicated: Any = getattr(cache, "layer_class_to_replicate", None)
     if replicated is DynamicLayer:
@@ -228,6 +244,6 @@ def paged_layer(cache: Cache, index: int, fmt: PageFormat) -> PagedLayer | None:
     if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.is_initialized:
         return None
     owner = next((other for other in cache.layers if isinstance(other, PagedLayer)), None)
-    paged = PagedLayer(fmt, Sequences(fmt.page) if owner is None else owner.sequences, owner is None)
+    paged = PagedLayer(fmt, Sequences(fmt.page, keeps_rope) if owner is None else owner.sequences, owner is None)
     cache.layers[index] = paged
     return paged

@@ -16,7 +16,7 @@ from atomcli.runtime.paged_cache import PagedLayer
 from tests.helpers.fused import KV8, tiny_model
 from tests.helpers.tiny import random_tokens
 
-NAMES = ("llama", "mistral", "qwen3", "mixtral")  # Qwen2's key biases are not for the kernels
+NAMES = ("llama", "mistral", "qwen2", "qwen3", "mixtral")
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import atomcli
 from atomcli.benchmarks.scores import Job
 from atomcli.errors import RunError, UsageError
 
@@ -18,6 +17,7 @@ INSTALL = {
     "auto-round": "auto-round==0.15.1 lm-eval",
     "gptqmodel": "--no-build-isolation gptqmodel==7.6.0 lm-eval",
 }
+_PACKAGE = Path(__file__).resolve().parents[1]
 _DRIVERS = {"llmcompressor": "llmcompressor", "auto-round": "auto_round", "gptqmodel": "gptqmodel"}
 
 
@@ -110,7 +110,7 @@ def _import_path(directory: Path) -> Mapping[str, str]:
     path.mkdir(exist_ok=True)
     link = path / "atomcli"
     link.unlink(missing_ok=True)
-    link.symlink_to(Path(atomcli.__file__).parent, target_is_directory=True)
+    link.symlink_to(_PACKAGE, target_is_directory=True)
     return {"PYTHONPATH": str(path), "TOKENIZERS_PARALLELISM": "false"}
 
 

@@ -134,7 +134,10 @@ class Reading:
         for name, module in linears.items():
             block.set_submodule(name, module)
         own = {f"{name}.{suffix}" for name, module in linears.items() for suffix in module.state_dict()}
-        missing = block.load_state_dict(self.others(index), strict=False, assign=True).missing_keys
+        others = self.others(index)
+        if "self_attn.key_center" in block.state_dict():
+            others["self_attn.key_center"] = self.checkpoint.read(f"{block_name(index)}.self_attn.key_center")
+        missing = block.load_state_dict(others, strict=False, assign=True).missing_keys
         assert set(missing) <= own, f"a block lacks {sorted(set(missing) - own)}"
         for name, module in linears.items():
             if isinstance(module, QuantLinear):

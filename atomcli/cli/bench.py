@@ -98,6 +98,31 @@ def serve(
     show(rows, form)
 
 
+@app.command("parent")
+@command
+def parent(
+    shape: Annotated[str, typer.Argument(metavar="SHAPE", help="Such as llama-2-7b, llama-2-70b or mixtral-8x7b.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Where to write [SHAPE].")
+    ] = None,
+    blocks: Annotated[int | None, typer.Option("--blocks", help="Fewer, or more, than the model has.")] = None,
+    divide: Annotated[int, typer.Option("--divide", help="Divide hidden sizes and heads by this.")] = 1,
+    seed: Annotated[int, typer.Option("--seed", help="Which weights are made up.")] = 0,
+) -> None:
+    """A model directory of a published shape with made-up weights.
+
+    To try a size without its download: outlier channels and massive first tokens are as trained models have them.
+    """
+    from atomcli.benchmarks.parents import parent_config, write_parent
+    from atomcli.cli.progress import Progress
+
+    out = output or Path(shape)
+    with Progress() as progress:
+        config = parent_config(shape, blocks, divide)
+        write_parent(config, out, seed, progress.counter("parent", "shard"))
+    console.result({"model": out, "config": config}, f"{out}: the shape of {shape}, weights made up")
+
+
 @app.command("gemm")
 @command
 @reportable

@@ -18,6 +18,7 @@ COMMANDS = [
     ["bench"],
     ["bench", "model"],
     ["bench", "serve"],
+    ["bench", "parent"],
     ["bench", "gemm"],
     ["bench", "attention"],
     ["bench", "accuracy"],

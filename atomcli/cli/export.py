@@ -6,8 +6,10 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from atomcli.cli import options
 from atomcli.cli.command import command
 from atomcli.cli.console import Table, console
+from atomcli.cli.quantize import pushed
 from atomcli.units import byte_count
 
 _WINDOWS, _WINDOW_LENGTH = 4, 512
@@ -41,6 +43,7 @@ def export(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written and traded, write nothing.")] = (
         False
     ),
+    push: options.Push = None,
 ) -> None:
     """Write a checkpoint for other engines.
 
@@ -55,6 +58,10 @@ def export(
     out = output or _default_output(checkpoint, to)
     refuse_occupied(out)
     target: Any = import_module(f"atomcli.integrations.{to.replace('-', '_')}.export")
+    if push is not None:
+        from atomcli.checkpoint.upload import check_destination
+
+        check_destination(push)
     reading = Reading(checkpoint)
     route = target.plan_route(reading, trades)
     counts = route.counts(target.name_of)
@@ -93,6 +100,8 @@ def export(
             f"KLD to {against} {cost.export_from_parent:.4f}, that of the checkpoint {cost.checkpoint_from_parent:.4f}"
         )
     console.result(document, table, *lines, f"{out}: {byte_count(size)}, read back and verified")
+    if push is not None:
+        pushed(out, push)
     console.note("next:")
     for line in target.next_commands(out, reading, traded):
         console.note(f"  {line}")

@@ -54,6 +54,10 @@ Candidates = Annotated[
     list[str] | None,
     typer.Option("--candidate", metavar="SCHEME", help="What a budget may choose (repeat it): w4a8, w4a8-o64, w16a16."),
 ]
+Push = Annotated[
+    str | None,
+    typer.Option("--push", metavar="OWNER/NAME", help="Upload the result to the Hugging Face Hub (private at first)."),
+]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one).")]
 
 

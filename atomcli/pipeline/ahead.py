@@ -1,7 +1,8 @@
-"""Reading ahead: the next block comes from the disk while the present one is worked on."""
+"""Beside the work: the next block comes from the disk, and the last one goes there."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from torch import Tensor
@@ -24,3 +25,22 @@ class Ahead:
         if index + 1 < self._walk.blocks:
             self._coming[index + 1] = self._pool.submit(self._walk.load, index + 1)
         return self._walk.place(held)
+
+
+class Behind:
+    """Writes what a block came to while the next one is worked on: never more than one block."""
+
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        self._pool = pool
+        self._writing: Future[None] | None = None
+
+    def write(self, work: Callable[[], None]) -> None:
+        """Begin `work` when the one before is done; what that one raised is raised here."""
+        self.settle()
+        self._writing = self._pool.submit(work)
+
+    def settle(self) -> None:
+        """Wait until all that was begun is done."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +23,11 @@ from torch.distributed import ReduceOp
 
 from atomcli.checkpoint.digests import sha256_file
 from atomcli.checkpoint.files import read_json, write_json
-from atomcli.checkpoint.manifest import ShardRecord
 from atomcli.checkpoint.tensorfile import TensorFile
 from atomcli.checkpoint.writer import publish, unfinished, write_shard
 from atomcli.errors import InputError, RunError, UsageError
-from atomcli.pipeline.ahead import Ahead
-from atomcli.pipeline.journal import LOCK, differences, opened
+from atomcli.pipeline.ahead import Ahead, Behind
+from atomcli.pipeline.journal import LOCK, Journal, differences, opened
 from atomcli.pipeline.model import Walk, full_name, start_walk
 from atomcli.pipeline.progress import Progress, Silent
 from atomcli.pipeline.ranks import ALONE, Ranks
@@ -152,21 +152,20 @@ def calibrate(
         stream = _stream(walk, tokens, directory, len(journal.steps))
         progress.begin("calibrate", walk.blocks)
         progress.advance(len(journal.steps))
-        with ThreadPoolExecutor(1, "atom") as pool, journal.same_threads():
-            ahead = Ahead(walk, pool)
-            for index in range(len(journal.steps), walk.blocks):
-                if index == 0:
-                    write_embedded(walk, tokens, stream, [rows for rows, _ in ranks.rounds(tokens.shape[0])])
-                stream, record = _calibrate_block(walk, index, ahead.take(index), stream, directory, ranks)
-                ranks.wait()
-                if record is not None:
-                    if source.fingerprint() != identity["model"]:
-                        raise InputError(
-                            f"{source.name} changed while it was read", f"Delete {directory} and run again"
-                        )
-                    journal.publish({"block": index, "file": record.file, "sha256": record.sha256})
-                    _stream(walk, tokens, directory, index).path.unlink(missing_ok=True)
-                progress.advance(index + 1)
+        with ThreadPoolExecutor(2, "atom") as pool, journal.same_threads():
+            ahead, behind = Ahead(walk, pool), Behind(pool)
+            try:
+                for index in range(len(journal.steps), walk.blocks):
+                    if index == 0:
+                        write_embedded(walk, tokens, stream, [rows for rows, _ in ranks.rounds(tokens.shape[0])])
+                    after, found = _calibrate_block(walk, index, ahead.take(index), stream, ranks)
+                    behind.write(partial(_publish_block, source, journal, index, (stream, after), found, ranks))
+                    stream = after
+                    progress.advance(index + 1)
+                behind.settle()
+            except BaseException:
+                ranks.stopping.set()
+                raise
         progress.end()
         if ranks.first:
             files = {step["file"]: step["sha256"] for step in journal.steps}
@@ -232,17 +231,17 @@ def _stream(walk: Walk, tokens: Tensor, directory: Path, index: int) -> Stream:
 
 
 def _calibrate_block(
-    walk: Walk, index: int, tensors: dict[str, Tensor], stream: Stream, directory: Path, ranks: Ranks
-) -> tuple[Stream, ShardRecord | None]:
-    """Run one block of the parent and save its statistics; returns the stream after it, and the file's record."""
+    walk: Walk, index: int, tensors: dict[str, Tensor], stream: Stream, ranks: Ranks
+) -> tuple[Stream, dict[str, Tensor]]:
+    """Run one block of the parent; returns the stream after it and its statistics, whole on the first process."""
     block = build_block(walk.family, walk.config, index, tensors)
     after = Stream(stream.path.with_name(f"parent-{index + 1:05d}.stream"), stream.shape, stream.dtype)
     at_once = AtOnce(walk.sequences_at_once(stream.shape[1]))
     attention = block.self_attn
     assert isinstance(attention, Attention)
     keys = _KeyMean(walk.config.num_key_value_heads, attention.head_dim, walk.device)
-    attention.key_observer = keys.add
     with _collecting(walk, block, index) as (collectors, routing):
+        attention.key_observer = _counted(keys, Once(routing, None))
         for rows, active in ranks.rounds(stream.shape[0]):
             routing.again(rows.start)
             outputs = run(stream.part(rows), at_once, lambda chunk: walk.forward(block, index, chunk), routing.again)
@@ -250,12 +249,32 @@ def _calibrate_block(
             for collector in collectors.values():
                 collector.fold(ranks, active)
             keys.fold(ranks, active)
-    after.sync()
-    tensors = {f"{KEYS}.mean": keys.result(stream.shape[0] * stream.shape[1])}
+    found = {f"{KEYS}.mean": keys.result(stream.shape[0] * stream.shape[1])}
     for site, collector in collectors.items():
-        for field, value in collector.result(ranks).items():
-            tensors[f"{site}.{field}"] = value
-    return after, write_shard(directory, _statistics_file(index), tensors) if ranks.first else None
+        found |= {f"{site}.{field}": value for field, value in collector.result(ranks).items()}
+    return after, found
+
+
+def _publish_block(
+    source: Source,
+    journal: Journal,
+    index: int,
+    streams: tuple[Stream, Stream],
+    statistics: dict[str, Tensor],
+    ranks: Ranks,
+) -> None:
+    """Put a block's statistics and the stream after it on disk and into the journal."""
+    before, after = streams
+    after.sync()
+    ranks.arrive(f"calibrated-{index}")
+    if not ranks.first:
+        return
+    record = write_shard(journal.directory, _statistics_file(index), statistics)
+    ranks.await_all(f"calibrated-{index}")
+    if source.fingerprint() != journal.identity["model"]:
+        raise InputError(f"{source.name} changed while it was read", f"Delete {journal.directory} and run again")
+    journal.publish({"block": index, "file": record.file, "sha256": record.sha256})
+    before.path.unlink(missing_ok=True)
 
 
 class _Collector:
@@ -319,6 +338,16 @@ class _KeyMean:
     def result(self, tokens: int) -> Tensor:
         """The mean (kv_heads, head_dim) fp32 over all `tokens`; that of the first process is whole."""
         return (self.total / tokens).float().cpu()
+
+
+def _counted(keys: _KeyMean, once: Once) -> Callable[[Tensor], None]:
+    """The observer of the keys (batch, kv_heads, tokens, head_dim), each sequence of which counts once."""
+
+    def observe(seen: Tensor) -> None:
+        for sequences in once.rows(seen):
+            keys.add(seen[sequences])
+
+    return observe
 
 
 @contextmanager

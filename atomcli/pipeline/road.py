@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from atomcli.checkpoint.writer import shard_file, write_shard
 from atomcli.errors import InputError, RunError
 from atomcli.models.tensors import block_name
 from atomcli.pipeline import check, pack
-from atomcli.pipeline.ahead import Ahead
+from atomcli.pipeline.ahead import Ahead, Behind
 from atomcli.pipeline.calibrate import Calibration, Statistics, write_embedded
 from atomcli.pipeline.hessians import Hessian, InputsSeen, Target, pooled, watched
 from atomcli.pipeline.parameters import Outcome, cache_tensors, fold, input_ranges, quantize_block, targets
@@ -73,18 +73,17 @@ class Road:
         # Rounding to nearest needs no Hessians, hence no calibration sequences on the quantized model.
         self.with_hessians = recipe.weights.rounding == "gptq"
         self._at_once = AtOnce(walk.sequences_at_once(self.tokens.shape[1]))
-        self._pool: ThreadPoolExecutor | None = None
         self._ahead: Ahead | None = None
-        self._behind: Future[None] | None = None
+        self._behind: Behind | None = None
 
     @contextmanager
     def working(self) -> Iterator[None]:
         """Read ahead and write behind while this lasts; what was computed is on disk when it ends."""
-        with ThreadPoolExecutor(2, "atom") as self._pool:
-            self._ahead = Ahead(self.walk, self._pool)
+        with ThreadPoolExecutor(2, "atom") as pool:
+            self._ahead, self._behind = Ahead(self.walk, pool), Behind(pool)
             try:
                 yield
-                self._settle()
+                self._behind.settle()
             except BaseException:
                 self.ranks.stopping.set()
                 raise
@@ -130,7 +129,6 @@ class Road:
             "seconds": time.monotonic() - started,
         }
         tensors = {name: tensor.detach().cpu() for name, tensor in pack.block_tensors(block, index).items()}
-        self._settle()
         self._write(index, tensors, step, journal)
         return step
 
@@ -156,14 +154,8 @@ class Road:
             journal.publish({**step, "shard": record.to_dict()})
             before.remove()  # nobody needs the streams before a published block
 
-        assert self._pool is not None
-        self._behind = self._pool.submit(write)
-
-    def _settle(self) -> None:
-        """Wait until what was computed is on disk."""
-        if self._behind is not None:
-            behind, self._behind = self._behind, None
-            behind.result()
+        assert self._behind is not None
+        self._behind.write(write)
 
     def _quantize(
         self,

@@ -10,6 +10,8 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from io import FileIO
 from pathlib import Path
 
 import torch
@@ -75,14 +77,15 @@ class Stream:
                 # At once as long as it will be: each process of a run writes its own part of it.
                 file.truncate(self.shape[0] * self._row_bytes)
                 file.seek(position)
-                for chunk in chunks:
-                    check_finite(chunk, where)
-                    flat = chunk.detach().to("cpu", self.dtype).contiguous().view(-1)
-                    data = memoryview(flat.view(torch.uint8).numpy().data)
-                    done = 0
-                    while done < len(data):
-                        done += file.write(data[done:])
-                    written += done
+                # One chunk is written while the next is computed.
+                with ThreadPoolExecutor(1, "atom") as pool:
+                    writing: Future[int] | None = None
+                    for chunk in chunks:
+                        check_finite(chunk, where)
+                        flat = chunk.detach().to("cpu", self.dtype).contiguous().view(-1)
+                        written += writing.result() if writing is not None else 0
+                        writing = pool.submit(_write_all, file, flat)
+                    written += writing.result() if writing is not None else 0
                 if sync:
                     os.fsync(file.fileno())
         except OSError as error:
@@ -97,6 +100,23 @@ class Stream:
                 os.fsync(file.fileno())
         except OSError as error:
             raise write_error(self.path, error, 0, 0) from error
+
+
+def _write_all(file: FileIO, values: Tensor) -> int:
+    """Write all bytes of values (n,) to an unbuffered file, which may take less than it is given."""
+    data, done = memoryview(values.view(torch.uint8).numpy().data), 0
+    while done < len(data):
+        done += file.write(data[done:])
+    return done
+
+
+def _one_ahead(chunks: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The same chunks, each read while the one before is computed."""
+    with ThreadPoolExecutor(1, "atom") as pool:
+        coming = pool.submit(next, chunks, None)
+        while (chunk := coming.result()) is not None:
+            coming = pool.submit(next, chunks, None)
+            yield chunk
 
 
 def check_finite(x: Tensor, where: str) -> None:
@@ -141,7 +161,7 @@ def run(
     """
     limit = AtOnce(at_once) if isinstance(at_once, int) else at_once
     with torch.inference_mode():
-        for chunk in stream.chunks(limit.sequences):
+        for chunk in _one_ahead(stream.chunks(limit.sequences)):
             waiting = [chunk]
             while waiting:
                 output, piece = None, waiting.pop(0)

@@ -149,11 +149,12 @@ def gemm(
     from atomcli.cli.progress import Progress
     from atomcli.errors import UsageError
     from atomcli.formats.scheme import SCHEMES
+    from atomcli.recipe_errors import did_you_mean
 
     schemes = scheme or ["w4a8"]
     for name in schemes:
         if name not in SCHEMES:
-            raise UsageError(f"--scheme is {name!r}; allowed are {', '.join(SCHEMES)}")
+            raise UsageError(f"--scheme is {name!r}; allowed are {', '.join(SCHEMES)}{did_you_mean(name, SCHEMES)}")
     shapes = [_shape(text) for text in shape] if shape else default_shapes()
     with Progress() as progress:
         seen = progress.counter("bench", "case")

@@ -34,11 +34,29 @@ def doctor() -> None:
     for finding in findings:
         table.add(finding.state, finding.what, finding.found)
     broken = [finding.what for finding in findings if finding.state == "broken"]
-    console.result({"findings": [asdict(finding) for finding in findings], "usable": not broken}, table)
+    command = None if broken else _first_command()
+    document = {"findings": [asdict(finding) for finding in findings], "usable": not broken, "next": command}
+    console.result(document, table)
+    if command is not None:
+        console.note(f"next: {command}")
     if broken:
         old = " ".join(f"'{name}>={_written(_REQUIRED[name])}'" for name in broken if name in _REQUIRED)
-        console.error(f"atom does not run here: {', '.join(broken)}", f"pip install {old}" if old else None)
+        console.error(f"Atom does not run here: {', '.join(broken)}", f"Upgrade with `pip install {old}`" if old else None)
         raise typer.Exit(1)
+
+
+def _first_command() -> str:
+    """The one command to type: the demo model in the most accurate scheme that a kernel of this machine serves."""
+    import torch
+
+    from atomcli.kernels import dispatch
+
+    if not torch.cuda.is_available():
+        return "atom quantize demo --samples 8"  # minutes instead of half an hour
+    served = {name for name, choice in dispatch.table(torch.device("cuda")).items() if choice.kernel}
+    recipes = (("w4a8", "atom-w4a8"), ("nvfp4", "nvfp4"), ("w8a8", "w8a8"))
+    recipe = next((recipe for scheme, recipe in recipes if scheme in served), None)
+    return "atom quantize demo" + ("" if recipe is None else f" --recipe {recipe}")
 
 
 def _software() -> list[Finding]:

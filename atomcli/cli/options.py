@@ -16,8 +16,25 @@ import typer
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A local directory, a GGUF file, a Hub id, or `demo` (fetched once).")
 ]
+
+
+def _recipe_names(incomplete: str) -> list[str]:
+    """What the shell completes a recipe's name to."""
+    from atomcli.resources import resource_directory
+
+    names = sorted(path.stem for path in resource_directory("recipes").glob("*.yaml"))
+    return [name for name in names if name.startswith(incomplete)]
+
+
 RecipeOption = Annotated[
-    str, typer.Option("--recipe", "-r", metavar="RECIPE", help="A recipe that ships, by name, or a YAML file.")
+    str,
+    typer.Option(
+        "--recipe",
+        "-r",
+        metavar="RECIPE",
+        help="A recipe that ships, by name, or a YAML file.",
+        autocompletion=_recipe_names,
+    ),
 ]
 Bits = Annotated[int | None, typer.Option("--bits", help="Bits of weights and activations: 4 or 8.")]
 Group = Annotated[int | None, typer.Option("--group", help="Channels that share a scale: 16, 32, 64, 128 or 256.")]

@@ -24,6 +24,7 @@ COMMANDS = [
     ["bench", "accuracy"],
     ["bench", "vllm"],
     ["inspect"],
+    ["export"],
     ["recipes"],
     ["recipes", "list"],
     ["recipes", "show"],

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from atomcli.checkpoint.card import CARD, card
 from atomcli.checkpoint.directory import COMPANIONS, CONFIG
-from atomcli.checkpoint.files import copy_file, read_json, write_json
+from atomcli.checkpoint.files import copy_file, read_json, write_json, write_text
 from atomcli.checkpoint.manifest import ShardRecord
 from atomcli.checkpoint.tensorfile import TensorFile
 from atomcli.checkpoint.verify import verify_files
@@ -24,10 +25,26 @@ from atomcli.integrations.reading import Linear, Reading
 from atomcli.integrations.route import Route, find_route, fresh
 from atomcli.pipeline.progress import Progress, Silent
 from atomcli.runtime.linear import QuantLinear, input_layout
+from atomcli.units import byte_count
 from atomcli.version import __version__
 
 if TYPE_CHECKING:
     from atomcli.checkpoint.source import Source
+
+_USE = """
+## Use
+
+```sh
+pip install vllm
+vllm serve THIS_MODEL
+```
+
+```python
+from transformers import AutoModelForCausalLM  # pip install compressed-tensors
+
+model = AutoModelForCausalLM.from_pretrained("THIS_MODEL")  # unpacks the weights: for accuracy, not for speed
+```
+"""
 
 
 def plan_route(reading: Reading, trades: Mapping[What, str]) -> Route:
@@ -93,10 +110,32 @@ def export(
     kept = [*reading.kept(), *route.dense()]
     config["quantization_config"] = quantization_config(route.schemes(), kept, __version__)
     write_json(directory / CONFIG, config)
+    cost = None if comparison is None else comparison.cost()
+    write_text(directory / CARD, _card(reading, route, sum(shard.bytes for shard in shards), cost))
     finish(directory, shards)
     verify_files(directory)
     publish(directory, out)
-    return None if comparison is None else comparison.cost()
+    return cost
+
+
+def _card(reading: Reading, route: Route, size: int, cost: Cost | None) -> str:
+    """The model card of an export."""
+    report = reading.checkpoint.report
+    architecture = (reading.config.architectures or [reading.config.model_type])[0]
+    parent = report.get("parent") or {"name": reading.checkpoint.path.resolve().name, "architecture": architecture}
+    summary = [(f"{count} linears", name) for name, count in route.counts(name_of).items()]
+    summary += [("size of the weights", byte_count(size))]
+    if proof := report.get("proof"):
+        told = f"{proof['kld']:.4f} nats a token, on {proof['tokens']} tokens of the calibration text"
+        summary.append(("KL divergence of atom's checkpoint from the parent", told))
+    if cost is not None:
+        moved = f"{cost.export_from_checkpoint:.4f} nats a token, on {cost.tokens} tokens"
+        summary.append(("KL divergence of this export from atom's checkpoint", moved))
+    notes = "Written from atom's checkpoint without loss." if route.exact else ""
+    if route.obstacles:
+        listed = "\n".join(f"* {obstacle.why}" for obstacle in route.obstacles)
+        notes = f"What atom's checkpoint has and this format can't hold was traded:\n\n{listed}"
+    return card(parent, summary, ["atom", "compressed-tensors", "quantized"], _USE, notes)
 
 
 def _write_block(

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from atomcli.checkpoint.verify import verify_files
 from atomcli.errors import InputError, RunError, UsageError
 from atomcli.evaluation.divergence import divergence
 from atomcli.integrations.compressed_tensors import export as ct
@@ -277,3 +279,15 @@ def test_nobody_elses_directory_is_touched(quantized, tmp_path):
     with pytest.raises(UsageError, match="unfinished run"):
         exported(quantized(small("w4a16-plain")), tmp_path / "run")
     assert (tmp_path / "run.unfinished" / "journal.json").is_file()
+
+
+def test_the_card_says_what_was_traded_and_what_it_cost(quantized, tmp_path):
+    trades = [f"{what}=requantize" for what in ("outliers", "transform", "order")]
+    cost = exported(quantized(small("atom-w4a8")), tmp_path / "out", *trades, "cache=16bit", windows=WINDOWS[:1])
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert "compressed-tensors" in card.data.tags
+    assert f"{cost.export_from_checkpoint:.4f} nats" in card.text
+    assert "* 16 outlier channels" in card.text
+    verify_files(tmp_path / "out")
+    exported(quantized(small("w4a16-plain")), tmp_path / "exact")
+    assert "without loss" in (tmp_path / "exact" / "README.md").read_text()

@@ -111,7 +111,9 @@ def random_layout_tensors(scheme: Scheme, in_features: int, seed: int) -> tuple[
     return permutation, (torch.randint(0, 2, (in_features,), generator=generator) * 2 - 1).to(torch.int8)
 
 
-def quantized_block(source: Any, index: int, scheme: Scheme, kv: KVFormat, skip: tuple[str, ...] = ()) -> Any:
+def quantized_block(
+    source: Any, index: int, scheme: Scheme, kv: KVFormat, skip: tuple[str, ...] = (), permute: bool = True
+) -> Any:
     """A block whose linears, but those in `skip`, are rounded to nearest; the linears of a site share a layout."""
     config = source.config
     family = describe(config)
@@ -123,7 +125,7 @@ def quantized_block(source: Any, index: int, scheme: Scheme, kv: KVFormat, skip:
                 continue
             linear = block.get_submodule(name)
             permutation, signs = random_layout_tensors(scheme, linear.in_features, number)
-            layout = input_layout(scheme, linear.in_features, permutation, signs)
+            layout = input_layout(scheme, linear.in_features, permutation if permute else None, signs)
             weight = layout.apply(linear.weight.float())
             if scheme.weights.element == "float":
                 quantized = unrounded(weight, scheme, source.dtype)
@@ -134,7 +136,12 @@ def quantized_block(source: Any, index: int, scheme: Scheme, kv: KVFormat, skip:
 
 
 def write_checkpoint(
-    directory: Path, source: Any, scheme: Scheme, kv: KVFormat = FLOAT_CACHE, skip: tuple[str, ...] = ()
+    directory: Path,
+    source: Any,
+    scheme: Scheme,
+    kv: KVFormat = FLOAT_CACHE,
+    skip: tuple[str, ...] = (),
+    permute: bool = True,
 ) -> PreTrainedModel:
     """Write a quantized checkpoint and answer the model it was written from, put together block by block."""
     config = source.config
@@ -143,7 +150,7 @@ def write_checkpoint(
     tensors = {name: model.state_dict()[name] for name in outer_tensors(family, config)}
     linears: dict[str, Any] = {}
     for index in range(config.num_hidden_layers):
-        block = quantized_block(source, index, scheme, kv, skip)
+        block = quantized_block(source, index, scheme, kv, skip, permute)
         prefix = block_name(index)
         tensors |= {f"{prefix}.{name}": tensor for name, tensor in block.state_dict().items()}
         for name, module in block.named_modules():

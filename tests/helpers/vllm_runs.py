@@ -15,6 +15,7 @@ ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_CPU_CI_ENV": "1",  # torch.compile traces and runs what it traced
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
 }

@@ -68,12 +68,14 @@ class AtomMetadataBuilder(AttentionMetadataBuilder[AtomMetadata]):
         positions = None
         if self.kv.position == "before_rope":
             positions = _positions(common.query_start_loc, common.seq_lens, common.num_actual_tokens)
+        decodes, tokens = common.max_query_len == 1, common.num_actual_tokens
+        rows = tokens if decodes else common.num_reqs  # one token each: rows beyond are padding
         return AtomMetadata(
-            common.num_actual_tokens,
-            common.max_query_len == 1,
-            common.query_start_loc,
-            common.seq_lens,
-            common.block_table_tensor,
+            tokens,
+            decodes,
+            common.query_start_loc[: common.num_reqs + 1],
+            common.seq_lens[:rows],
+            common.block_table_tensor[:rows],
             common.slot_mapping,
             positions,
         )
@@ -104,6 +106,11 @@ class AtomBackend(AttentionBackend):
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
         """Tokens of a page; vLLM cuts its larger blocks into such."""
         return list(PAGES)
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        """The largest pages: the longer a run of bytes, the better memory serves it."""
+        return max(PAGES)
 
     @staticmethod
     def get_kv_cache_shape(

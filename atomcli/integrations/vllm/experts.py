@@ -4,7 +4,7 @@ Dealing experts to ranks keeps every expert's numbers those of one rank, and nee
 what its own experts give, and vLLM sums over the ranks.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_pa
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 
 from atomcli.errors import InputError, UnsupportedError
+from atomcli.integrations.vllm import operators
 from atomcli.integrations.vllm.dummy import fill
 from atomcli.runtime.experts import Expert, Experts
 from atomcli.runtime.grouped_experts import GroupedExperts
@@ -29,7 +30,6 @@ class AtomExpertsMethod(FusedMoEMethodBase):
         super().__init__(layer.moe_config)
         self.config, self.name = config, name
         self.rank, self.ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-        self.run: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 
     def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
         """Make room for this rank's experts: every `ranks`-th of them."""
@@ -49,6 +49,7 @@ class AtomExpertsMethod(FusedMoEMethodBase):
         self.experts = Experts(experts).requires_grad_(False)
         self.missing = set(self.experts.state_dict())
         layer.load_weights = self.load
+        layer.register_buffer("atom_handle", operators.handle(), persistent=False)
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
         """Take the tensors of this rank's experts, named as 3.gate_proj.weight_packed."""
@@ -77,23 +78,23 @@ class AtomExpertsMethod(FusedMoEMethodBase):
         for linear in (module for module in self.experts.modules() if isinstance(module, QuantLinear)):
             linear.keep_dequantized = self.config.has_room(4 * linear.in_features * linear.out_features)
         if next(self.experts.buffers(), torch.empty(0)).device.type != "cuda":
-            self.run = self.experts
+            operators.serve(layer.atom_handle, self.experts)
             return
         choice = self.experts.kernel_choice()
         if choice.kernel is None:
             raise UnsupportedError(f"No kernel serves the experts {self.name} on this GPU: {choice.reason}")
-        self.run = GroupedExperts.of(list(self.experts))
+        operators.serve(layer.atom_handle, GroupedExperts.of(list(self.experts)))
         del self.experts
 
     def apply(self, layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (tokens, hidden), the experts of each token and their weights (tokens, k) -> this rank's addend."""
-        assert self.run is not None
-        if self.ranks == 1:
-            return self.run(x, topk_ids, topk_weights)
-        # Static shapes: a choice that lies elsewhere counts for expert 0 with no weight.
-        mine = topk_ids % self.ranks == self.rank
-        chosen = torch.where(mine, topk_ids // self.ranks, 0)
-        return self.run(x, chosen, torch.where(mine, topk_weights, 0))
+        if self.ranks > 1:
+            # Static shapes: a choice that lies elsewhere counts for expert 0, with no weight.
+            mine = topk_ids % self.ranks == self.rank
+            topk_ids = torch.where(mine, topk_ids // self.ranks, 0)
+            topk_weights = torch.where(mine, topk_weights, 0)
+        y: Tensor = torch.ops.atom.served_experts(x, topk_ids, topk_weights, layer.atom_handle)
+        return y
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:
         """None: vLLM's own kernels take no part."""

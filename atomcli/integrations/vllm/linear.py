@@ -2,7 +2,7 @@
 
 vLLM fuses q, k, v and gate, up into one layer; an atom checkpoint stores each with a scheme of its own. So a layer
 holds one module per projection until its tensors are there, and then a `Projection`, which runs them in as few products
-as their schemes allow. All that torch.compile and CUDA graphs see is one operator, `atom::served_linear`.
+as their schemes allow. All that torch.compile sees is one operator, `atom::served_linear`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +25,7 @@ from vllm.model_executor.utils import set_weight_attrs
 from atomcli.errors import InputError, UnsupportedError
 from atomcli.formats.scheme import Scheme
 from atomcli.formats.weights import tensor_layout
+from atomcli.integrations.vllm import operators
 from atomcli.integrations.vllm.dummy import fill
 from atomcli.integrations.vllm.sharding import Part, column_part, slice_operand, split_rows, tensor_part
 from atomcli.kernels import dispatch, quantize, reference
@@ -115,7 +116,7 @@ class AtomLinearMethod(LinearMethodBase):
             slot = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
             set_weight_attrs(slot, {"weight_loader": partial(_load, shards, suffix)})
             layer.register_parameter(suffix, slot)
-        layer.register_buffer("atom_handle", torch.zeros(1, dtype=torch.int8), persistent=False)
+        layer.register_buffer("atom_handle", operators.handle(), persistent=False)
         layer.atom_out_features = sum(output_partition_sizes)
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -137,7 +138,7 @@ class AtomLinearMethod(LinearMethodBase):
         else:
             run = Projection([shard.module for shard in shards], self.config.dtype, biased).plain
         del layer.atom_shards
-        _serve(layer.atom_handle, run)
+        operators.serve(layer.atom_handle, run)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (..., in_features of the rank) -> (..., out_features of the rank)."""
@@ -262,31 +263,3 @@ def _module(
 
 def _load(shards: Sequence[Shard], suffix: str, slot: nn.Parameter, tensor: Tensor, shard_id: Any = None) -> None:
     shards[SHARD_IDS.get(shard_id, shard_id)].load(suffix, tensor)
-
-
-# ------------------------------------------------------------------------------------------------ operator
-
-_SERVED: dict[int, Callable[[Tensor], Tensor]] = {}
-
-
-def _serve(handle: Tensor, run: Callable[[Tensor], Tensor]) -> None:
-    """Let the operator find `run` by the address of `handle`.
-
-    A name would be a constant in the graph and make every layer compile anew; a tensor is an argument.
-    """
-    _SERVED[handle.data_ptr()] = run
-
-
-def _served_linear(x: Tensor, handle: Tensor, out_features: int) -> Tensor:
-    return _SERVED[handle.data_ptr()](x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], out_features)
-
-
-_library = torch.library.Library("atom", "FRAGMENT")
-_library.define("served_linear(Tensor x, Tensor handle, SymInt out_features) -> Tensor")
-for _key in ("CPU", "CUDA"):
-    _library.impl("served_linear", _served_linear, _key)
-torch.library.register_fake(
-    "atom::served_linear",
-    lambda x, handle, out_features: x.new_empty((*x.shape[:-1], out_features)),
-    lib=_library,
-)

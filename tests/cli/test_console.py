@@ -31,7 +31,7 @@ def test_quiet_keeps_results_warnings_and_errors(capsys):
     console.warn("careful")
     console.error("broken")
     console.result({}, "the result")
-    assert capsys.readouterr() == ("the result\n", "warning: careful\nerror: broken\n")
+    assert capsys.readouterr() == ("the result\n", "warning: careful\nerror: broken.\n")
 
 
 def test_json_is_one_document_even_with_numbers_json_lacks(capsys):

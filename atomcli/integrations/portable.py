@@ -94,7 +94,7 @@ def passage(scheme: Scheme, in_features: int, permuted: bool, target: Target, tr
     if scheme.weights.element == "float":
         # What order and basis the weight stands in is undone; only quantized activations are left to lose.
         inputs = scheme.activations
-        lost = Obstacle("activations", f"{_named(inputs)} activations before 16-bit weights", (SIXTEEN,))
+        lost = Obstacle("activations", f"activations in {_named(inputs)} before 16-bit weights", (SIXTEEN,))
         return Passage(None, () if inputs.element == "float" else (lost,), False)
     found: list[Obstacle] = []
 
@@ -111,18 +111,18 @@ def passage(scheme: Scheme, in_features: int, permuted: bool, target: Target, tr
         meet("order", "groups of channels in another order than the model's")
     weights = target.weights(scheme.weights, in_features)
     if weights is None:
-        meet("format", f"{_named(scheme.weights)} weights over {in_features} channels", (SIXTEEN,))
+        meet("format", f"weights in {_named(scheme.weights)} over {in_features} channels", (SIXTEEN,))
     elif not _same_numbers(weights, scheme.weights):
-        meet("format", f"{_named(scheme.weights)} weights (the nearest is {_named(weights)})")
+        meet("format", f"weights in {_named(scheme.weights)} (the nearest: {_named(weights)})")
     activations = target.activations(scheme.activations, in_features)
     if activations is not None and weights is not None and not _multiply(weights, activations):
         activations = None
     if activations is None:
-        meet("activations", f"{_named(scheme.activations)} activations", (SIXTEEN,))
+        meet("activations", f"activations in {_named(scheme.activations)}", (SIXTEEN,))
     elif activations != scheme.activations:
         allowed = REMEDIES["activations"] if weights is None or weights.element != "e2m1" else (NEAREST, SIXTEEN)
         meet(
-            "activations", f"{_named(scheme.activations)} activations (the nearest are {_named(activations)})", allowed
+            "activations", f"activations in {_named(scheme.activations)} (the nearest: {_named(activations)})", allowed
         )
     remedies = {trades.get(obstacle.what) for obstacle in found if obstacle.what != "activations"}
     if weights is None or SIXTEEN in remedies:
@@ -183,15 +183,15 @@ def _multiply(weights: WeightFormat, activations: ActivationFormat) -> bool:
 
 
 def _named(format: WeightFormat | ActivationFormat) -> str:
-    """A format in words: `int4 in groups of 128 (two_level scales, asymmetric, clip 0.95)`."""
+    """A format in words: `int4 in groups of 128 with two_level scales, clip 0.95`."""
     if format.element == "float":
-        return "16-bit"
+        return "16 bits"
     name = format.element if format.group is None else f"{format.element} in groups of {format.group}"
     details = [f"{format.scale} scales"] if format.scale not in ("row", "fp16") else []
     if isinstance(format, ActivationFormat):
         details += ["asymmetric"] if not format.symmetric else []
         details += [f"clip {format.clip:.3g}"] if format.clip != 1 else []
-    return f"{name} ({', '.join(details)})" if details else name
+    return f"{name} with {', '.join(details)}" if details else name
 
 
 def without_cache(kv_element: str) -> Obstacle | None:

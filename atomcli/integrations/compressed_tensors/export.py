@@ -75,7 +75,7 @@ def next_commands(out: Path, reading: Reading, traded: Mapping[str, str]) -> lis
         # Engines quantize the cache themselves, by their own rule.
         serve += ["--kv-cache-dtype", f"{reading.plan.kv_cache.element}_per_token_head"]
     load = f"from transformers import AutoModelForCausalLM as M; M.from_pretrained({str(out)!r})"
-    return [shlex.join(serve), shlex.join(["python", "-c", load])]
+    return [shlex.join(serve), f'python -c "{load}"']
 
 
 def export(

@@ -6,6 +6,7 @@ first and their integer multipliers after it; the sign of a multiplier says whic
 """
 
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Literal
 
 import torch
@@ -26,6 +27,9 @@ _E8M0_RATIOS = (1.0, 2.0, 0.5)
 _ROW_RATIOS = (1.0, 0.86, 0.72, 0.6, 1.1)
 # Rows are searched in chunks of about this many weights, so that temporaries stay small beside a block.
 _CHUNK = 1 << 24
+# Candidates are judged together as long as they make no more numbers than this: on a GPU launches are what counts, on
+# the CPU the cache.
+_TOGETHER = {"cpu": 1 << 16, "cuda": 1 << 24}
 
 
 def choose_unit(weights: Tensor, importance: Tensor, format: WeightFormat, clip: Clip) -> Tensor | None:
@@ -67,7 +71,7 @@ def _ratios(format: WeightFormat, clip: Clip) -> tuple[float, ...]:
 
 
 def weighted_error(groups: Tensor, scale: Tensor, importance: Tensor, grid: grids.Grid) -> Tensor:
-    """Squared rounding error (N, G) of groups (N, G, g) on `grid` with scales (N, G), weighted by importance (G, g)."""
+    """Squared rounding error (..., N, G) of groups (N, G, g) with scales (..., N, G), weighted by importance (G, g)."""
     codes = grids.encode(groups * grids.reciprocal(scale)[..., None], grid)
     difference = grids.decode(codes, grid).mul_(scale[..., None]).sub_(groups)
     return (difference.square_() * importance).sum(dim=-1)
@@ -81,13 +85,21 @@ def _best(
     grid: grids.Grid,
 ) -> tuple[Tensor, Tensor]:
     """The elementwise best of `candidates` (N, G) and its error; earlier candidates win ties."""
-    best = next(candidates)
-    best_error = weighted_error(groups, scale_of(best), importance, grid)
-    for candidate in candidates:
-        error = weighted_error(groups, scale_of(candidate), importance, grid)
+    at_once = max(1, _TOGETHER.get(groups.device.type, _TOGETHER["cpu"]) // max(1, groups.numel()))
+    best: Tensor | None = None
+    best_error = torch.empty(0)
+    while some := list(islice(candidates, at_once)):
+        stacked = torch.stack(some)
+        errors = weighted_error(groups, scale_of(stacked), importance, grid)
+        first = errors.argmin(dim=0, keepdim=True)  # the first of equal ones
+        candidate, error = stacked.gather(0, first)[0], errors.gather(0, first)[0]
+        if best is None:
+            best, best_error = candidate, error
+            continue
         better = error < best_error
         best = torch.where(better, candidate, best)
         best_error = torch.where(better, error, best_error)
+    assert best is not None
     return best, best_error
 
 

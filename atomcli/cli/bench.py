@@ -209,6 +209,7 @@ def attention(
 @command
 def accuracy(
     model: options.Model,
+    *,
     recipe: Annotated[
         list[str] | None,
         typer.Option("--recipe", "-r", help="Ours: a recipe by name or file; repeatable [those of the classes]."),
@@ -234,10 +235,7 @@ def accuracy(
     window_length: evaluate.WindowLength = 2048,
     group: Annotated[int, typer.Option("--group", help="Channels that share a scale, ours and theirs.")] = 128,
     kv_cache: options.KVCache = None,
-    dataset: options.Dataset = None,
-    samples: options.Samples = None,
-    sequence_length: options.SequenceLength = None,
-    seed: options.Seed = None,
+    text: options.Text,
     task: Annotated[
         list[str] | None,
         typer.Option("--task", "-t", help="Zero-shot: a JSON lines file or a task of lm-eval; repeatable."),
@@ -262,8 +260,8 @@ def accuracy(
     from atomcli.runtime.device import choose_device
     from atomcli.text import evaluation_windows
 
-    text = {"dataset": dataset, "samples": samples, "sequence_length": sequence_length, "seed": seed}
     names = bench.RECIPES if recipe is None else recipe
+    calibration = bench.adapt("w4a16", group, kv_cache, text)
     recipes = {name: bench.adapt(name, group, kv_cache, text) for name in names}
     chosen, pythons = choose_peers(peer), parse_pythons(peer_python or [])
     check_models([str(path) for path in checkpoint or []], device)
@@ -272,7 +270,7 @@ def accuracy(
     with Progress() as progress:
         trial = Trial(
             source=source,
-            calibration=next(iter(recipes.values())) if recipes else bench.adapt("w4a16", group, kv_cache, text),
+            calibration=calibration,
             windows=evaluation_windows(data, source.tokenizer(), window_length, windows),
             out=output or options.default_output(model, "accuracy"),
             tasks=tuple(task or ()),

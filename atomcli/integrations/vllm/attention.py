@@ -11,10 +11,12 @@ from types import MethodType
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.model_executor.utils import set_weight_attrs
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -25,9 +27,9 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
 
-from atomcli.errors import UnsupportedError
+from atomcli.errors import InputError, UnsupportedError
 from atomcli.formats.scheme import KVFormat
-from atomcli.kernels import attention
+from atomcli.kernels import attention, attention_reference
 from atomcli.kernels.attention import Rope
 from atomcli.kernels.pages import PAGES, PageFormat
 
@@ -145,6 +147,8 @@ class AtomAttention(AttentionImpl[AtomMetadata]):
         self.kv_cache_dtype = "auto"
         self.key_bias: Tensor | None = None
         self.value_bias: Tensor | None = None
+        self.loaded_center: Tensor | None = None
+        self.center: Tensor | None = None
         self.rope: Rope | None = None
         self.turns: Rope | None = None
 
@@ -155,6 +159,8 @@ class AtomAttention(AttentionImpl[AtomMetadata]):
         if key_bias is not None:
             self.key_bias = key_bias.float().view(self.num_kv_heads, self.head_size)
             self.value_bias = value_bias.float().view(self.num_kv_heads, self.head_size)
+        if self.kv.centered:
+            self.center = self._center()
         if self.key_bias is not None or self.kv.position == "before_rope":
             self.rope = rotations(vllm.model_config, self.head_size)
         device = torch.device(vllm.device_config.device_type)
@@ -187,6 +193,8 @@ class AtomAttention(AttentionImpl[AtomMetadata]):
         keys_rotated = self.kv.position == "after_rope"
         if not keys_rotated:
             key = self._rotated_back(key, batch.positions)
+        if self.center is not None:
+            key = (key.float() - self.center).to(key.dtype)
         assert self.turns is not None
         cos, sin = self.turns[0][:tokens], self.turns[1][:tokens]
         query = attention.append(
@@ -211,6 +219,13 @@ class AtomAttention(AttentionImpl[AtomMetadata]):
         attend()
         return output
 
+    def _center(self) -> Tensor:
+        """What keys are stored without, fp32 (kv heads, head_dim), in the basis in which vLLM hands them over."""
+        if self.loaded_center is None:
+            raise InputError(f"The checkpoint lacks the key_center of {self.name}", "The checkpoint is incomplete")
+        center = self.loaded_center.float()
+        return attention_reference.hadamard_heads(center) if self.kv.hadamard else center  # its own inverse
+
     def _rotated_back(self, key: Tensor, positions: Tensor | None) -> Tensor:
         assert self.rope is not None
         assert positions is not None
@@ -231,10 +246,26 @@ class AtomCacheMethod(BaseKVCacheMethod):
             raise UnsupportedError(f"{layer.layer_name} attends in a way that atom's cache doesn't know")
         layer.impl = AtomAttention(layer, kv, config)
         layer.attn_backend = AtomBackend
+        if kv.centered:
+            slot = nn.Parameter(torch.empty(0), requires_grad=False)
+            set_weight_attrs(slot, {"weight_loader": partial(_load_center, layer)})
+            layer.register_parameter("key_center", slot)
+            if config.dummy:
+                layer.impl.loaded_center = torch.zeros(layer.num_kv_heads, layer.head_size)
         layer.get_kv_cache_spec = MethodType(partial(cache_spec, kv), layer)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """A checkpoint stores no scales of its cache."""
+
+
+def _load_center(layer: Any, slot: nn.Parameter, center: Tensor) -> None:
+    """Take this rank's heads of key_center (all kv heads, head_dim)."""
+    heads, width = layer.num_kv_heads, layer.head_size
+    if center.dim() != 2 or center.shape[1] != width or center.shape[0] % heads:
+        raise InputError(f"The key_center of {layer.layer_name} is {list(center.shape)}, not (heads, {width})")
+    shards = center.shape[0] // heads
+    first = get_tensor_model_parallel_rank() * shards // get_tensor_model_parallel_world_size() * heads
+    layer.impl.loaded_center = center[first : first + heads].to(slot.device, copy=True)
 
 
 def cache_spec(kv: KVFormat, layer: Any, vllm: Any) -> KVCacheSpec:

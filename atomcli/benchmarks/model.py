@@ -29,6 +29,9 @@ BF16_PEAK = {"H100": 0.8e15, "H200": 0.8e15}  # operations/s of a large cuBLAS p
 # Prompts are computed in one pass up to here; beyond, a batch's prompts are copies of one, and prefill is not timed.
 PREFILL_TOKENS = 16384
 
+# The first of these captures the graph, the others wake the card's clock.
+WARMUP_STEPS = 3
+
 _MEASURES = ("prefill", "first token", "decode", "step", "of limit", "KV cache", "weights")
 
 
@@ -156,23 +159,33 @@ class Batch:
         return time.perf_counter() - begin
 
     def decode(self) -> list[float]:
-        """Seconds of each of `new_tokens` steps, after one that warms up; uncomputed prompts become copies of one."""
+        """Seconds of each of `new_tokens` steps, after some that warm up; uncomputed prompts become copies of one."""
         if self.batch * self.context > PREFILL_TOKENS:
             self.prefill(1)
             for pool in self.pools:
                 for row in range(1, self.batch):
                     pool[self.table[row].long()] = pool[self.table[0].long()]
         rows = DecodeRows(self.model, self.pools, self.batch, self.width)
-        seconds = []
-        for step in range(self.new_tokens + 1):
-            if step < 2:  # the first step warms up: it is taken again
-                for row, held in enumerate(self.held):
-                    rows.place(row, int(self.prompts[row, -1]), self.context, held)
-            synchronize(self.model.device)
-            begin = time.perf_counter()
+        for _ in range(WARMUP_STEPS):
+            self._place(rows)
             rows.step(self.batch)
-            seconds.append(time.perf_counter() - begin)
-        return seconds[1:]
+        self._place(rows)
+        synchronize(self.model.device)
+        rows.start(self.batch)
+        seconds, begin = [], time.perf_counter()
+        for step in range(1, self.new_tokens + 1):
+            if step < self.new_tokens:
+                rows.start(self.batch)  # a step ahead of the tokens that are read, as the server is
+            rows.finish()
+            end = time.perf_counter()
+            seconds.append(end - begin)
+            begin = end
+        return seconds
+
+    def _place(self, rows: DecodeRows) -> None:
+        """Every sequence at the end of its prompt."""
+        for row, held in enumerate(self.held):
+            rows.place(row, int(self.prompts[row, -1]), self.context, held)
 
     @torch.inference_mode()
     def _prefill(self, rows: int) -> Tensor:

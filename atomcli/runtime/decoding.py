@@ -5,6 +5,7 @@ next token and leaves it, with the row's new length, where the next step reads t
 0 and touch nothing. On a CPU, and for models whose steps ask the host something, the same step runs as plain calls.
 """
 
+from collections import deque
 from collections.abc import Sequence
 
 import torch
@@ -22,10 +23,28 @@ def ladder(rows: int) -> tuple[int, ...]:
     return tuple(sorted(set(steps)))
 
 
+class _Flight:
+    """A step under way: its tokens on their way to the host."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        self._tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=tokens.is_cuda)
+        self._tokens.copy_(tokens, non_blocking=True)
+        self._landed = torch.cuda.Event() if tokens.is_cuda else None
+        if self._landed is not None:
+            self._landed.record()
+
+    def tokens(self) -> Tensor:
+        """The chosen tokens int64 (rows,), once they are there."""
+        if self._landed is not None:
+            self._landed.synchronize()
+        return self._tokens
+
+
 class DecodeRows:
     """Up to `rows` sequences that decode together; row i of the buffers is sequence i.
 
-    `pools` are the model's pages; a row's table has room for `pages` of them.
+    `pools` are the model's pages; a row's table has room for `pages` of them. A step may be started before the tokens
+    of the one before are read, as long as no row was changed: the device needs nothing of the host in between.
     """
 
     def __init__(self, model: FusedModel, pools: Sequence[Tensor], rows: int, pages: int) -> None:
@@ -44,22 +63,24 @@ class DecodeRows:
             name: torch.zeros(shape, dtype=dtype, pin_memory=on_gpu) for name, (shape, dtype) in shapes.items()
         }
         self._device = {name: tensor.to(model.device, copy=True) for name, tensor in self._host.items()}
-        self._stale = False
+        self._stale = self._table_stale = False
+        self._flights: deque[_Flight] = deque()
         self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._memory = torch.cuda.graph_pool_handle() if model.capturable else None
         self.logits: Tensor | None = None
 
     def place(self, row: int, token: int, length: int, pages: Sequence[int], sampling: Sampling = GREEDY) -> None:
         """Put a sequence into a row: its pending token, its number of cached tokens and its pages."""
+        self._stale = True
         self._host["tokens"][row], self._host["lengths"][row] = token, length
         self._host["temperature"][row], self._host["top_p"][row] = sampling.temperature, sampling.top_p
         self._host["seeds"][row] = sampling.seed
         self.set_pages(row, pages)
 
     def set_pages(self, row: int, pages: Sequence[int]) -> None:
-        """The pages of a row's sequence, after it was given more."""
+        """The pages of a row's sequence, after it was given more; possible while a step is under way."""
         self._host["page_table"][row, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
-        self._stale = True
+        self._table_stale = True
 
     def move(self, source: int, target: int) -> None:
         """Move a sequence to another row, and leave its own idle."""
@@ -72,28 +93,35 @@ class DecodeRows:
     def step(self, active: int, sampled: bool = False) -> list[int]:
         """Decode one token of each of the first `active` rows; the chosen tokens, which are pending now."""
         self.start(active, sampled)
-        return self.finish(active)
+        return self.finish()
+
+    @property
+    def can_go_ahead(self) -> bool:
+        """Whether another step may be started before the last one's tokens are read."""
+        return not self._stale
 
     def start(self, active: int, sampled: bool = False) -> None:
         """Enqueue one step of the first `active` rows; without `sampled` every row is greedy."""
+        assert not (self._stale and self._flights), "rows were changed while a step was under way"
         size = next(size for size in self.sizes if size >= active)
         if self._memory is not None and (size, sampled) not in self._graphs:
             self.capture(size, sampled)
-        if self._stale:
-            for name, buffer in self._host.items():
-                self._device[name].copy_(buffer, non_blocking=True)
-            self._stale = False
+        stale = self._host if self._stale else ("page_table",) if self._table_stale else ()
+        for name in stale:
+            self._device[name].copy_(self._host[name], non_blocking=True)
+        self._stale = self._table_stale = False
         if self._memory is None:
             self.logits = self._run(active, sampled)
         else:
             graph, self.logits = self._graphs[size, sampled]
             graph.replay()
+        self._flights.append(_Flight(self._device["tokens"][:active]))
 
-    def finish(self, active: int) -> list[int]:
-        """Wait for the step that was started last: the chosen tokens of the first `active` rows."""
-        chosen = self._device["tokens"][:active].cpu()
-        self._host["tokens"][:active] = chosen
-        self._host["lengths"][:active] += 1
+    def finish(self) -> list[int]:
+        """Wait for the oldest step that was started and not finished yet: the tokens its rows chose."""
+        chosen = self._flights.popleft().tokens()
+        self._host["tokens"][: len(chosen)] = chosen
+        self._host["lengths"][: len(chosen)] += 1
         tokens: list[int] = chosen.tolist()
         return tokens
 

@@ -72,6 +72,7 @@ class Server:
         self._waiting: deque[_Sequence] = deque()
         self._prefilling: list[_Sequence] = []
         self._running: list[_Sequence] = []  # by row
+        self._flights: deque[list[_Sequence]] = deque()  # whose steps are under way, oldest first
         self._count = 0
 
     @property
@@ -120,8 +121,10 @@ class Server:
 
     def step(self) -> list[Produced]:
         """Admit, prefill a chunk, decode one token of every running sequence; the tokens that came out."""
+        produced = self._land_all() if self._prefilling or self._can_admit() else []
         self._admit()
-        produced = self._prefill() if self._prefilling else []
+        if self._prefilling:
+            produced += self._prefill()
         return produced + self._decode()
 
     def run(self, requests: Iterable[Request]) -> list[list[int]]:
@@ -133,15 +136,18 @@ class Server:
                 outputs[produced.request].append(produced.token)
         return [outputs[number] for number in numbers]
 
+    def _can_admit(self) -> bool:
+        busy = len(self._prefilling) + len(self._running)
+        if not self._waiting or busy >= self.rows:
+            return False
+        # Some pages to grow by for those who are here, or the newcomer would soon be sent away again.
+        return self.pages.needed(len(self._waiting[0].tokens)) + -(-busy // _GROWTH) <= self.pages.free
+
     def _admit(self) -> None:
-        while self._waiting and len(self._prefilling) + len(self._running) < self.rows:
-            sequence = self._waiting[0]
-            busy = len(self._prefilling) + len(self._running)
-            # Some pages to grow by for those who are here, or the newcomer would soon be sent away again.
-            if self.pages.needed(len(sequence.tokens)) + -(-busy // _GROWTH) > self.pages.free:
-                break
+        while self._can_admit():
+            sequence = self._waiting.popleft()
             self.pages.extend(sequence.pages, len(sequence.tokens))
-            self._prefilling.append(self._waiting.popleft())
+            self._prefilling.append(sequence)
 
     @torch.inference_mode()
     def _prefill(self) -> list[Produced]:
@@ -210,15 +216,44 @@ class Server:
         return tokens
 
     def _decode(self) -> list[Produced]:
-        self._grow()
-        if not self._running:
-            return []
+        """The tokens of the step under way; if nothing changes in between, the next one is started before."""
+        if not self._flights:
+            self._make_room()
+            if not self._running:
+                return []
+            self._launch()
+        if self._can_go_ahead():
+            self._launch()
+        produced = self._land()
+        return produced + self._land_all() if any(sequence.is_done for sequence in self._running) else produced
+
+    def _launch(self) -> None:
         sampled = any(sequence.request.sampling.temperature > 0 for sequence in self._running)
-        tokens = self.decoding.step(len(self._running), sampled)
+        self.decoding.start(len(self._running), sampled)
+        self._flights.append(list(self._running))
+
+    def _can_go_ahead(self) -> bool:
+        """Whether a second step may start: nobody comes or ends by then, and there are pages for its tokens."""
+        if len(self._flights) > 1 or self._prefilling or self._can_admit() or not self.decoding.can_go_ahead:
+            return False
+        if any(sequence.produced + 1 >= sequence.request.new_tokens for sequence in self._running):
+            return False
+        return all(self._extend(row, sequence.cached + 2) for row, sequence in enumerate(self._running))
+
+    def _land(self) -> list[Produced]:
+        """Take in the tokens of the oldest step under way; who ended with the step before it gets no more."""
+        sequences, tokens, produced = self._flights.popleft(), self.decoding.finish(), []
+        for sequence, token in zip(sequences, tokens, strict=True):
+            if not sequence.is_done:
+                sequence.cached += 1
+                produced.append(self._take(sequence, token))
+        return produced
+
+    def _land_all(self) -> list[Produced]:
+        """Take in all steps under way and let go of those who ended, so that rows may change."""
         produced = []
-        for sequence, token in zip(self._running, tokens, strict=True):
-            sequence.cached += 1
-            produced.append(self._take(sequence, token))
+        while self._flights:
+            produced += self._land()
         for row in range(len(self._running) - 1, -1, -1):
             if self._running[row].is_done:
                 self._leave(row)
@@ -230,18 +265,24 @@ class Server:
             self.pages.release(sequence.pages)
         return Produced(sequence.number, token, sequence.is_done)
 
-    def _grow(self) -> None:
+    def _make_room(self) -> None:
         """Room for the token that each running sequence is about to store, at the cost of those admitted last."""
         row = 0
         while row < len(self._running):
-            sequence = self._running[row]
-            held = len(sequence.pages)
-            if self.pages.extend(sequence.pages, sequence.cached + 1):
-                if len(sequence.pages) > held:
-                    self.decoding.set_pages(row, sequence.pages)
+            if self._extend(row, self._running[row].cached + 1):
                 row += 1
             else:
                 self._preempt()
+
+    def _extend(self, row: int, tokens: int) -> bool:
+        """Pages for `tokens` tokens of a running sequence; False if too few are free."""
+        pages = self._running[row].pages
+        held = len(pages)
+        if not self.pages.extend(pages, tokens):
+            return False
+        if len(pages) > held:
+            self.decoding.set_pages(row, pages)
+        return True
 
     def _preempt(self) -> None:
         """The sequence with the highest number gives its pages back and waits at the front, to be computed anew."""

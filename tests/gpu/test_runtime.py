@@ -54,15 +54,16 @@ def test_rowwise_kernels_are_torch(dtype: torch.dtype, rows: int, channels: int)
     def random_rows(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device="cuda", dtype=dtype)
 
+    # A number that rounds the other way before its second rounding ends two steps of bfloat16 away.
     x, residual, weight = random_rows(rows, channels), random_rows(rows, channels), random_rows(channels)
     for other in (None, residual):
         normed, total = rowwise.add_norm(x, other, weight, 1e-5)
         expected = x if other is None else x + other
         assert torch.equal(total, expected)
-        torch.testing.assert_close(normed, rowwise.rms_norm(expected, weight, 1e-5), rtol=8e-3, atol=1e-5)
+        torch.testing.assert_close(normed, rowwise.rms_norm(expected, weight, 1e-5), rtol=2e-2, atol=1e-5)
     both = random_rows(rows, 2 * channels)
     gate, up = both.chunk(2, dim=-1)
-    torch.testing.assert_close(rowwise.silu_mul(gate, up), torch.nn.functional.silu(gate) * up, rtol=1.6e-2, atol=1e-5)
+    torch.testing.assert_close(rowwise.silu_mul(gate, up), torch.nn.functional.silu(gate) * up, rtol=2e-2, atol=1e-5)
 
 
 def test_heads_are_normed_in_place_of_a_wider_row() -> None:
@@ -70,7 +71,7 @@ def test_heads_are_normed_in_place_of_a_wider_row() -> None:
     weight = torch.randn(64, device="cuda", dtype=torch.bfloat16)
     heads = row[:, 2 * 64 : 6 * 64].unflatten(-1, (4, 64))
     torch.testing.assert_close(
-        rowwise.head_norm(heads, weight, 1e-6), rowwise.rms_norm(heads, weight, 1e-6), rtol=8e-3, atol=1e-5
+        rowwise.head_norm(heads, weight, 1e-6), rowwise.rms_norm(heads, weight, 1e-6), rtol=2e-2, atol=1e-5
     )
 
 

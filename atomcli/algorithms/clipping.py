@@ -5,8 +5,7 @@ error, each channel weighted by its importance (the diagonal of the Hessian). Tw
 first and their integer multipliers after it; the sign of a multiplier says which end of a group is mapped to -8.
 """
 
-from collections.abc import Callable, Iterator
-from itertools import islice
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -78,29 +77,28 @@ def weighted_error(groups: Tensor, scale: Tensor, importance: Tensor, grid: grid
 
 
 def _best(
-    candidates: Iterator[Tensor],
+    candidates: Tensor,
     scale_of: Callable[[Tensor], Tensor],
     groups: Tensor,
     importance: Tensor,
     grid: grids.Grid,
 ) -> tuple[Tensor, Tensor]:
-    """The elementwise best of `candidates` (N, G) and its error; earlier candidates win ties."""
+    """The elementwise best of `candidates` (C, N, G) and its error; earlier candidates win ties."""
     at_once = max(1, _TOGETHER.get(groups.device.type, _TOGETHER["cpu"]) // max(1, groups.numel()))
-    best: Tensor | None = None
-    best_error = torch.empty(0)
-    while some := list(islice(candidates, at_once)):
-        stacked = torch.stack(some)
-        errors = weighted_error(groups, scale_of(stacked), importance, grid)
+    best, best_error = candidates[0], torch.full_like(groups[..., 0], torch.inf)
+    for some in candidates.split(at_once):
+        errors = weighted_error(groups, scale_of(some), importance, grid)
         first = errors.argmin(dim=0, keepdim=True)  # the first of equal ones
-        candidate, error = stacked.gather(0, first)[0], errors.gather(0, first)[0]
-        if best is None:
-            best, best_error = candidate, error
-            continue
+        candidate, error = some.gather(0, first)[0], errors.gather(0, first)[0]
         better = error < best_error
         best = torch.where(better, candidate, best)
         best_error = torch.where(better, error, best_error)
-    assert best is not None
     return best, best_error
+
+
+def _times(ratios: Sequence[float], ranges: Tensor) -> Tensor:
+    """`ranges` (N, G) times each ratio, (C, N, G)."""
+    return torch.tensor(ratios, device=ranges.device)[:, None, None] * ranges
 
 
 def _ranged_scales(groups: Tensor, importance: Tensor, format: WeightFormat, clip: Clip, unit: Tensor | None) -> Tensor:
@@ -113,8 +111,7 @@ def _ranged_scales(groups: Tensor, importance: Tensor, format: WeightFormat, cli
     def scale_of(clipped: Tensor) -> Tensor:
         return scales.effective(scales.group_scales(clipped, format, unit), format, unit)
 
-    candidates = (absmax * ratio for ratio in ratios)
-    best, _ = _best(candidates, scale_of, groups, importance, format.grid)
+    best, _ = _best(_times(ratios, absmax), scale_of, groups, importance, format.grid)
     return scales.group_scales(best, format, unit)
 
 
@@ -123,24 +120,20 @@ def _row_scale(weights: Tensor, importance: Tensor, format: WeightFormat, clip: 
     ratios = _ratios(format, clip)
     if len(ratios) == 1:
         return (largest * ratios[0]).squeeze(1)
-    candidates = (largest * ratio for ratio in ratios)
-    best, _ = _best(candidates, lambda scale: scale, weights[:, None, :], importance, format.grid)
+    best, _ = _best(_times(ratios, largest), lambda scale: scale, weights[:, None, :], importance, format.grid)
     return best.squeeze(1)
 
 
-def _signed_scales(groups: Tensor, format: WeightFormat, clip: Clip) -> Iterator[Tensor]:
-    """Ideal scales (N, G) of two-level groups: the larger end on -8 (a negative scale when that end is positive)."""
+def _signed_scales(groups: Tensor, clip: Clip) -> Tensor:
+    """Ideal scales (C, N, G) of two-level groups: the larger end on -8 (a negative scale when that end is positive)."""
     high, low = groups.amax(dim=-1), groups.amin(dim=-1)
     upper = high > -low
     to_minus_eight = torch.where(upper, -high, -low) / 8
     if clip != "search":
-        yield to_minus_eight * clip
-        return
+        return (to_minus_eight * clip)[None]
     # The other sign leaves only 7 steps for the larger end, which pays when both ends are about equally far out.
     to_seven = torch.where(upper, high, low) / 7
-    for ratio in _INTEGER_RATIOS:
-        yield to_minus_eight * ratio
-        yield to_seven * ratio
+    return torch.stack([_times(_INTEGER_RATIOS, ideal) for ideal in (to_minus_eight, to_seven)], dim=1).flatten(0, 1)
 
 
 def _two_level_row_scale(weights: Tensor, importance: Tensor, format: WeightFormat, clip: Clip) -> Tensor:
@@ -171,5 +164,5 @@ def _search_multipliers(
 ) -> tuple[Tensor, Tensor]:
     """Multipliers int8 (N, G) and their errors (N, G)."""
     row_scale = row_scale[:, None]
-    candidates = (scales.multipliers(ideal, row_scale) for ideal in _signed_scales(groups, format, clip))
+    candidates = scales.multipliers(_signed_scales(groups, clip), row_scale)
     return _best(candidates, lambda stored: stored.float() * row_scale, groups, importance, format.grid)

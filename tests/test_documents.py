@@ -24,6 +24,7 @@ from markdown_it import MarkdownIt
 from atomcli import text
 from atomcli.checkpoint import assets, gguf
 from atomcli.checkpoint.directory import DirectorySource
+from atomcli.checkpoint.gguf import GGUFSource
 from atomcli.cli.app import app, run
 from atomcli.cli.console import Console, console
 from atomcli.recipe import load_recipe
@@ -152,7 +153,7 @@ def desk(small_demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     monkeypatch.setenv("ATOM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(assets, "demo_model", lambda: small_demo)
     monkeypatch.setattr(assets, "demo_text", lambda kind="calibration": ROOT / "LICENSE")
-    monkeypatch.setattr(gguf, "GGUFSource", lambda path, name: DirectorySource(path, name=name))
+    monkeypatch.setattr(gguf, "GGUFSource", as_source)
     shorten(
         monkeypatch,
         "spread_windows",
@@ -167,6 +168,11 @@ def desk(small_demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     work.mkdir()
     monkeypatch.chdir(work)
     return work
+
+
+def as_source(path: Path, name: str | None = None, real: type[GGUFSource] = GGUFSource) -> DirectorySource | GGUFSource:
+    """The demo model, which is a directory here; a file that an export wrote is read as what it is."""
+    return DirectorySource(path, name=name) if path.is_dir() else real(path, name)
 
 
 def shorten(monkeypatch: pytest.MonkeyPatch, name: str, change: Callable[..., tuple[object, ...]]) -> None:

@@ -27,7 +27,17 @@ MAY_USE = {
     "kernels": {"errors", "resources", "formats"},
     "runtime": {"errors", "formats", "models", "kernels"},
     "pipeline": {*GROUND, "formats", "models", "checkpoint", "text", "algorithms", "recipe", "runtime"},
-    "integrations": {*GROUND, "units", "formats", "models", "checkpoint", "algorithms", "kernels", "runtime", "pipeline"},
+    "integrations": {
+        *GROUND,
+        "units",
+        "formats",
+        "models",
+        "checkpoint",
+        "algorithms",
+        "kernels",
+        "runtime",
+        "pipeline",
+    },
     "evaluation": {*GROUND, "formats", "checkpoint", "text", "runtime", "pipeline", "integrations"},
     "benchmarks": {
         *GROUND,

@@ -1,6 +1,5 @@
 """Memory: a model that does not fit is compressed all the same."""
 
-import json
 import os
 import subprocess
 import sys
@@ -8,10 +7,8 @@ import textwrap
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
-from transformers import LlamaConfig
 
+from atomcli.benchmarks.parents import parent_config, write_parent
 from tests.helpers.tiny import VOCABULARY
 
 BLOCKS, HIDDEN, WIDTH = 64, 320, 640
@@ -45,40 +42,18 @@ PROGRAM = textwrap.dedent("""
 """)
 
 
-def deep_model(directory: Path) -> Path:
-    """A Llama of 64 blocks, one shard each, so that making it takes no memory either."""
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        intermediate_size=WIDTH,
-        num_hidden_layers=BLOCKS,
-        num_attention_heads=5,
-        num_key_value_heads=5,
-        tie_word_embeddings=True,
-        architectures=["LlamaForCausalLM"],
-        dtype="float32",
-    )
-    config.save_pretrained(directory)
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator) * 0.03
-
-    weight_map = {}
-    for index in range(BLOCKS + 1):
-        tensors = {"model.embed_tokens.weight": normal(VOCABULARY, HIDDEN), "model.norm.weight": torch.ones(HIDDEN)}
-        if index < BLOCKS:
-            shapes = dict.fromkeys(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), (HIDDEN, HIDDEN))
-            shapes |= {"self_attn.o_proj": (HIDDEN, HIDDEN), "mlp.gate_proj": (WIDTH, HIDDEN)}
-            shapes |= {"mlp.up_proj": (WIDTH, HIDDEN), "mlp.down_proj": (HIDDEN, WIDTH)}
-            tensors = {f"model.layers.{index}.{name}.weight": normal(*shape) for name, shape in shapes.items()}
-            for norm in ("input_layernorm", "post_attention_layernorm"):
-                tensors[f"model.layers.{index}.{norm}.weight"] = torch.ones(HIDDEN)
-        file = f"model-{index + 1:05d}-of-{BLOCKS + 1:05d}.safetensors"
-        save_file(tensors, directory / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return directory
+CONFIG = parent_config(
+    "llama-2-7b",
+    BLOCKS,
+    hidden_size=HIDDEN,
+    intermediate_size=WIDTH,
+    num_attention_heads=5,
+    num_key_value_heads=5,
+    head_dim=HIDDEN // 5,
+    vocab_size=VOCABULARY,
+    tie_word_embeddings=True,
+    dtype="float32",
+)
 
 
 @pytest.mark.slow
@@ -87,7 +62,7 @@ def test_a_model_larger_than_the_memory_is_compressed(tmp_path):
     limit = (
         BLOCKS * BLOCK_BYTES // 4
     )  # 16 of 64 blocks: two for the road, the rest for buffers that torch and malloc keep
-    parent = deep_model(tmp_path / "parent")
+    parent = write_parent(CONFIG, tmp_path / "parent")
     environment = os.environ | {
         "PYTHONPATH": str(Path(__file__).parents[2]),
         "OMP_NUM_THREADS": "1",

@@ -123,7 +123,7 @@ class Attention(nn.Module):
 
     def _pages(self, cache: Cache | None, x: Tensor) -> PagedLayer | None:
         """This layer's pages where kernels store and read them, else None."""
-        if cache is None or self.kv.element == "float" or self.key_observer is not None or self.key_center is not None:
+        if cache is None or self.kv.element == "float" or self.key_observer is not None:
             return None
         if self.head_dim % 32:  # no page is made for it
             return None
@@ -155,8 +155,9 @@ class Attention(nn.Module):
         query, key, value = heads if new.rows is None else [x[new.rows] for x in heads]
         pool = layer.room(batch, key.shape[1], key.device)
         rotate_keys = self.kv.position == "after_rope"
+        center = None if self.key_center is None else self.key_center.float()
         query = append(
-            pool, layer.format, query, key, value, new.cos, new.sin, new.slots, self.kv.hadamard, rotate_keys
+            pool, layer.format, query, key, value, new.cos, new.sin, new.slots, self.kv.hadamard, rotate_keys, center
         )
         shared: dict[str, Any] = {
             "window": window,

@@ -138,11 +138,6 @@ class FusedBlock:
         rope: tuple[Tensor, Tensor],
     ) -> None:
         layer: Attention = block.self_attn
-        if layer.key_center is not None:
-            raise UnsupportedError(
-                "The runtime's pages can't hold keys without their center (kv_cache.centered)",
-                "Run the model through transformers.",
-            )
         kv, self.head_dim, self.scaling = layer.kv, layer.head_dim, layer.scaling
         self.format = page_format(kv.element, self.head_dim, dtype)
         self.heads = layer.q_proj.out_features // self.head_dim
@@ -157,6 +152,7 @@ class FusedBlock:
         self.keys_rotated = kv.element == "float" or kv.position == "after_rope"
         self.key_bias = None if keep_bias else self._head_bias(layer.k_proj.bias)
         self.value_bias = None if keep_bias else self._head_bias(layer.v_proj.bias)
+        self.key_center = None if layer.key_center is None else layer.key_center.detach().float()
         self.rope = rope if self.key_bias is not None or not self.keys_rotated else None
         self.norm, self.mlp_norm = Norm.of(block.input_layernorm), Norm.of(block.post_attention_layernorm)
         self.is_sparse = hasattr(block.mlp, "experts")
@@ -208,8 +204,9 @@ class FusedBlock:
         query = query if self.q_norm is None else self.q_norm.heads(query)
         key = key if self.k_norm is None else self.k_norm.heads(key)
         query = attention.append(
-            pool, self.format, query, key, value, step.cos, step.sin, step.slots, self.hadamard, self.keys_rotated
-        )
+            pool, self.format, query, key, value, step.cos, step.sin, step.slots, self.hadamard, self.keys_rotated,
+            self.key_center,
+        )  # fmt: skip
         shared: dict[str, Any] = {
             "window": self.window,
             "key_bias": self.key_bias,

@@ -1,5 +1,8 @@
 """The fused runtime computes what transformers' modules around our linears and attention compute."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -83,6 +86,21 @@ def test_another_activation_than_silu() -> None:
     tokens = random_tokens(1, 20)
     got, want = fused_logits(FusedModel.of(model), tokens, (20,)), model(tokens).logits
     assert (error(got, want) < 1e-4).float().mean() > 0.8
+
+
+def test_centered_keys() -> None:
+    model: Any = tiny_model("qwen2", None, KV8)
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        attention.kv = replace(attention.kv, centered=True)
+        attention.key_center = torch.randn(2, 32, generator=torch.Generator().manual_seed(1))
+    tokens = random_tokens(2, 20)
+    fused = FusedModel.of(model)
+    assert error(fused_logits(fused, tokens, (12, 1, 7)), model(tokens).logits).max() < 1e-2
+    # The center is really taken away: far from the keys, it coarsens their codes.
+    for block in fused.blocks:
+        block.key_center = block.key_center * 1000  # type: ignore[operator]
+    assert error(fused_logits(fused, tokens, (20,)), model(tokens).logits).max() > 0.1
 
 
 def test_rotations_that_depend_on_the_length_are_refused() -> None:

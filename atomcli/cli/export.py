@@ -103,7 +103,7 @@ def export(
     if push is not None:
         pushed(out, push)
     console.note("next:")
-    for line in target.next_commands(out, reading, traded):
+    for line in target.next_commands(out, reading, route):
         console.note(f"  {line}")
 
 

@@ -47,9 +47,8 @@ def find_route(reading: Reading, target: Target, trades: Mapping[What, str]) -> 
         linear: passage(linear.scheme, linear.shape[1], linear.permuted, target, trades) for linear in reading.linears
     }
     met = dict.fromkeys(each for way in passages.values() for each in way.obstacles)
-    cache = without_cache(reading.plan.kv_cache.element)
-    if cache is not None:
-        met[cache] = None
+    caches = {reading.plan.cache_of(index).element for index in range(reading.blocks)}
+    met |= dict.fromkeys(cache for element in sorted(caches) if (cache := without_cache(element)) is not None)
     refuse_untraded(target, met, trades)
     return Route(passages, tuple(met))
 

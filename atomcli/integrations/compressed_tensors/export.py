@@ -68,10 +68,13 @@ def name_of(scheme: Scheme) -> str:
     return f"{format_of(scheme)} ({scheme.name})"
 
 
-def next_commands(out: Path, reading: Reading, traded: Mapping[str, str]) -> list[str]:
+def next_commands(out: Path, reading: Reading, route: Route) -> list[str]:
     """What one wants to type next."""
     serve = ["vllm", "serve", str(out)]
-    if "cache" in traded and reading.plan.kv_cache.element != "float":
+    if any(scheme.activations.element == "int4" for scheme in route.schemes().values()):
+        # Other backends take the weights and leave the activations in 16 bits, without a word.
+        serve += ["--linear-backend", "humming"]
+    if reading.plan.kv_cache.element != "float":
         # Engines quantize the cache themselves, by their own rule.
         serve += ["--kv-cache-dtype", f"{reading.plan.kv_cache.element}_per_token_head"]
     load = f"from transformers import AutoModelForCausalLM as M; M.from_pretrained({str(out)!r})"

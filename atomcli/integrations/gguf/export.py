@@ -47,7 +47,7 @@ def name_of(scheme: Scheme) -> str:
     return type_of(scheme)
 
 
-def next_commands(out: Path, reading: Reading, traded: Mapping[str, str]) -> list[str]:
+def next_commands(out: Path, reading: Reading, route: Route) -> list[str]:
     """What one wants to type next."""
     return [shlex.join(["llama-cli", "-m", str(out)]), shlex.join(["llama-server", "-m", str(out)])]
 

@@ -78,7 +78,8 @@ class AtomConfig(QuantizationConfig):
             self._check(get_current_vllm_config())
         if isinstance(layer, LinearBase):
             names = self.names(prefix)
-            if any(name in self.plan.linears for name in names):
+            biases = self.keeps_bias_apart and prefix.endswith(".qkv_proj")
+            if biases or any(name in self.plan.linears for name in names):
                 return AtomLinearMethod(self, names)
             return UnquantizedLinearMethod()
         if isinstance(layer, RoutedExperts):

@@ -8,7 +8,8 @@ from atomcli.formats.activations import quantize_activations
 from atomcli.formats.layout import InputLayout
 from atomcli.formats.scheme import SCHEMES, ActivationFormat, Scheme, WeightFormat
 from atomcli.formats.weights import QuantizedWeight
-from atomcli.integrations.vllm.sharding import Part, column_part, split_rows, tensor_part
+from atomcli.integrations.vllm.sharding import Part, column_part, slice_operand, split_rows, tensor_part
+from atomcli.kernels.quantize import KernelLayout, Operand
 from tests.helpers.checkpoints import random_weight
 
 NAMES = sorted(SCHEMES)
@@ -99,3 +100,27 @@ def test_too_many_ranks_are_refused_with_the_sizes() -> None:
         UnsupportedError, match=r"down_proj has 256 body channels in pieces of 128 and 128 outliers.* 4"
     ):
         split_rows("down_proj", scheme, ROWS, 384, 4, permuted=False, kernels=True)
+
+
+@pytest.mark.parametrize("container", ["s8", "nibble", "e4m3"])
+def test_an_operand_is_cut_where_its_part_begins(container: str) -> None:
+    """Body of 3 k-blocks and one of outliers; each value of an operand says which k-block it belongs to."""
+    scheme, columns, tokens = SCHEMES["atom-paper"], 512, 8
+    layout = KernelLayout(columns, scheme.body(columns), False, None)
+    numbers = torch.arange(4, dtype=torch.uint8)
+    blocks = numbers[:, None, None].expand(4, tokens, 128)
+    per_token = torch.ones(tokens)
+    if container == "s8":
+        operand = Operand(blocks, blocks[:0], per_token, per_token, numbers[:3, None].half().expand(3, tokens))
+    else:
+        scales = numbers[:3, None, None].float().expand(3, tokens, 1)
+        codes = blocks[:3, :, :64] if container == "nibble" else blocks
+        operand = Operand(codes, blocks[3:] if container == "nibble" else blocks[:0], per_token, per_token, scales)
+    first = slice_operand(operand, layout, Part((0, ROWS), (0, 256), False))
+    last = slice_operand(operand, layout, Part((0, ROWS), (256, 384), True))
+    assert first.codes[:, 0, 0].tolist() == [0, 1]
+    assert first.group_scales.flatten(1)[:, 0].tolist() == [0, 1]
+    assert len(first.outlier_codes) == 0
+    assert last.codes[:, 0, 0].tolist() == ([2] if container == "nibble" else [2, 3])
+    assert last.group_scales.flatten(1)[:, 0].tolist() == [2]
+    assert last.outlier_codes[:, 0, 0].tolist() == ([3] if container == "nibble" else [])

@@ -24,6 +24,7 @@ ModelShape = Annotated[
     str | None,
     typer.Option("--shape", metavar="NAME", help="Instead of files: made-up weights of a published shape, llama-2-7b."),
 ]
+Blocks = Annotated[int | None, typer.Option("--blocks", min=1, help="With --shape: so many blocks instead of its own.")]
 W8A8 = Annotated[bool, typer.Option("--w8a8", help="Also the same shape in W8A8, with made-up weights.")]
 
 
@@ -34,6 +35,7 @@ def model(
     checkpoint: Checkpoint = None,
     against: Against = None,
     shape: ModelShape = None,
+    blocks: Blocks = None,
     w8a8: W8A8 = False,
     batch: Annotated[list[int] | None, typer.Option("--batch", help="Sequences at a time; repeatable [1].")] = None,
     context: Annotated[list[int] | None, typer.Option("--context", help="Prompt tokens; repeatable [512].")] = None,
@@ -51,7 +53,7 @@ def model(
     from atomcli.cli.progress import Progress
     from atomcli.cli.systems import systems
 
-    named = systems(checkpoint, against, shape, w8a8, device)
+    named = systems(checkpoint, against, shape, blocks, w8a8, device)
     with Progress() as progress:
         rows = bench_model(
             named,
@@ -71,6 +73,7 @@ def serve(
     checkpoint: Checkpoint = None,
     against: Against = None,
     shape: ModelShape = None,
+    blocks: Blocks = None,
     w8a8: W8A8 = False,
     memory: Annotated[
         list[float] | None, typer.Option("--memory", metavar="GB", help="For weights and cache; repeatable [24].")
@@ -91,7 +94,7 @@ def serve(
     from atomcli.cli.progress import Progress
     from atomcli.cli.systems import systems
 
-    named = systems(checkpoint, against, shape, w8a8, device)
+    named = systems(checkpoint, against, shape, blocks, w8a8, device)
     with Progress() as progress:
         seen = progress.counter("bench", "setting")
         rows = bench_serve(named, memory or [24.0], reserve or None, seconds=seconds, progress=seen)

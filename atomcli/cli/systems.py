@@ -11,10 +11,16 @@ if TYPE_CHECKING:
 
 
 def systems(
-    checkpoint: str | None, against: str | None, shape: str | None, w8a8: bool, device: str | None
+    checkpoint: str | None,
+    against: str | None,
+    shape: str | None,
+    blocks: int | None,
+    w8a8: bool,
+    device: str | None,
 ) -> "list[System]":
     """The parent first, then W8A8 if asked for, then the checkpoint; or all three with made-up weights of a shape.
 
+    `blocks` is another depth of the shape.
     Raises UsageError unless there is either a checkpoint or a shape.
     """
     from transformers import CONFIG_MAPPING
@@ -28,7 +34,7 @@ def systems(
         raise UsageError("Name either a CHECKPOINT or a --shape", "atom bench model --shape llama-2-7b")
     target = choose_device(device)
     if shape is not None:
-        config = parent_config(shape)
+        config = parent_config(shape, blocks)
         parsed = CONFIG_MAPPING[config["model_type"]].from_dict(config)
         return [
             made.System(f"{shape} {name}", partial(made.made_up, parsed, *formats, target))

@@ -31,6 +31,7 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 COMPANIONS = (*TOKENIZER_FILES, "generation_config.json")
+_MOST_BLOCKS = 100_000
 MODEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -170,6 +171,9 @@ def parse_config(path: Path, raw: dict[str, Any]) -> "PreTrainedConfig":
             f"{path / CONFIG} says model_type {model_type!r}, which this transformers doesn't know",
             "Update transformers within 5.17 to 6, or choose another model.",
         )
+    blocks = raw.get("num_hidden_layers")
+    if isinstance(blocks, int) and blocks > _MOST_BLOCKS:  # transformers makes a list of their kinds
+        raise InputError(f"{path / CONFIG} says num_hidden_layers {blocks}", "Copy config.json again")
     try:
         config = CONFIG_MAPPING[model_type].from_dict(raw)
     except (StrictDataclassError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:

@@ -103,6 +103,7 @@ def account(
     """
     _refuse_routing(family, config)
     present = frozenset(names)
+    _refuse_more_than(len(present), family, config)
     quantizable: dict[str, str] = {}
     kept = outer_tensors(family, config)
     shapes = {kept[name]: expected for name, expected in outer_shapes(family, config).items()}
@@ -133,6 +134,16 @@ def account(
                     "The files and config.json belong to different models.",
                 )
     return Account(quantizable, kept, frozenset(ignored))
+
+
+def _refuse_more_than(tensors: int, family: Family, config: PreTrainedConfig) -> None:
+    """A damaged count would have us look for billions of tensors."""
+    experts = 0 if family.experts is None else getattr(config, family.experts.count)
+    for what, count in (("blocks", config.num_hidden_layers), ("experts", experts)):
+        if count > tensors:
+            raise InputError(
+                f"config.json says {count} {what}, but the files hold {tensors} tensors", "Copy config.json again"
+            )
 
 
 def _refuse_routing(family: Family, config: PreTrainedConfig) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from atomcli.benchmarks.model import path_note, release_memory, step_limit, synchronize, weight_bytes
+from atomcli.benchmarks.model import check_context, path_note, release_memory, step_limit, synchronize, weight_bytes
 from atomcli.benchmarks.report import Measure, Row, exact, measure
 from atomcli.benchmarks.systems import System
 from atomcli.errors import AtomError, RunError, UsageError
@@ -63,7 +63,7 @@ def bench_serve(
 ) -> list[Row]:
     """A row per budget (GB for weights and pages) and system, with ratios to the first system.
 
-    Raises UsageError for a reserve below the workload's longest request; a system whose weights leave no room keeps its
+    Raises UsageError for a reserve below the workload's longest request, and for a model of fewer positions; a system whose weights leave no room keeps its
     row, with the reason in the note.
     """
     workload = workload or Workload()
@@ -72,6 +72,7 @@ def bench_serve(
     rows: dict[float, list[Row]] = {budget: [] for budget in budgets}
     for number, system in enumerate(systems):
         model = system.load()
+        check_context(system.name, model, workload.context)
         for place, budget in enumerate(budgets):
             rows[budget].append(_row(system.name, model, budget, reserve, workload, seconds))
             release_memory()

@@ -67,3 +67,8 @@ def test_a_paged_server_is_kept_busy() -> None:
 def test_a_reserve_that_is_too_short_is_refused() -> None:
     with pytest.raises(UsageError, match="--reserve 100"):
         bench_serve([], [1.0], 100)
+
+
+def test_a_model_of_fewer_positions_is_refused() -> None:
+    with pytest.raises(UsageError, match="2048 tokens, prompt and new ones, exceed the 128 positions of one"):
+        bench_serve([System("one", make_model)], [1.0])

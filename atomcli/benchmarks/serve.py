@@ -63,8 +63,8 @@ def bench_serve(
 ) -> list[Row]:
     """A row per budget (GB for weights and pages) and system, with ratios to the first system.
 
-    Raises UsageError for a reserve below the workload's longest request, and for a model of fewer positions; a system whose weights leave no room keeps its
-    row, with the reason in the note.
+    Raises UsageError for a reserve below the workload's longest request and for a model of fewer positions. A system
+    whose weights leave no room keeps its row, with the reason in the note.
     """
     workload = workload or Workload()
     if reserve is not None and reserve < workload.context:

@@ -15,7 +15,7 @@ constexpr int token_tiles = chunk_tokens / 16;
 constexpr int pages_of_chunk = chunk_tokens > page_tokens ? chunk_tokens / page_tokens : 1;
 constexpr int codes_bytes = chunk_tokens * row_bytes;
 constexpr int stage_bytes = 2 * codes_bytes + chunk_tokens * number_bytes;
-constexpr int query_bytes = columns * (head_dim * 2 + sizeof(float));
+constexpr int query_bytes = columns * query_row_bytes;
 constexpr int bias_bytes = has_bias ? part_bytes + chunk_tokens * step_bytes + warps * turned_bytes : 0;
 
 extern __shared__ __align__(1024) uint8 shared_bytes[];
@@ -25,10 +25,11 @@ struct Range {
     int first, end, first_chunk, last_chunk, parts;
 };
 
-// At least one chunk for each warp, or a block is not worth its merge.
-INLINE Range part_of(int length, int window, int part, int splits) {
+// A sequence is cut into `wanted` parts, into more where they would be longer than `longest` chunks, and into fewer where a
+// warp would get less than `least` chunks: such a part is not worth its merge. gridDim.y parts are enough for any length.
+INLINE Range part_of(int length, int window, int part, int wanted, int longest, int least) {
     const int first = max(0, length - window), begin = first / chunk_tokens, end = (length + chunk_tokens - 1) / chunk_tokens;
-    const int share = max((end - begin + splits - 1) / splits, warps);
+    const int share = max(min((end - begin + wanted - 1) / wanted, longest), least * warps);
     const int from = begin + part * share;
     return {first, length, from, min(end, from + share), (end - begin + share - 1) / share};
 }
@@ -37,31 +38,21 @@ INLINE Range part_of(int length, int window, int part, int splits) {
 
 struct Queries {
     uint32 pairs[query_tiles][channel_pairs];
-    float slope, offsets[query_tiles][2];  // what sums of codes and minima are multiplied with for a base-2 score
+    Line line;
 
     INLINE uint2 fragment(int t, int j) const { return make_uint2(pairs[t][j], pairs[t][j + 1]); }
 };
 
-INLINE void load_queries(Queries& queries, const Query* query, int count, float scaling) {
-    uint16* rows = reinterpret_cast<uint16*>(shared_bytes);
-    float* sums = reinterpret_cast<float*>(shared_bytes + columns * head_dim * 2);
-    const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
-    for (int column = threadIdx.x / 32; column < columns; column += warps) {
-        const float sum = stage_query(rows + column * head_dim, query + column * head_dim, column < count);
-        if (lane == 0) sums[column] = sum;
+// Columns without a query are zero.
+INLINE void copy_queries(const Query* query, int count) {
+    for (int at = threadIdx.x * 16; at < columns * query_row_bytes; at += warps * 512) {
+        const bool exists = at / query_row_bytes < count;
+        copy_async(shared_bytes + at, reinterpret_cast<const uint8*>(query) + (exists ? at : 0), exists);
     }
-    __syncthreads();
-    queries.slope = scaling * code_unit;
-#pragma unroll
-    for (int t = 0; t < query_tiles; ++t) {
-#pragma unroll
-        for (int p = 0; p < channel_pairs; ++p) queries.pairs[t][p] = query_pair(rows + (t * 8 + g) * head_dim, p);
-        queries.offsets[t][0] = scaling * sums[t * 8 + 2 * c];
-        queries.offsets[t][1] = scaling * sums[t * 8 + 2 * c + 1];
-    }
+    copy_commit();
 }
 
-// The barrier in load_queries makes it complete.
+// The barrier after the queries' copies makes it complete.
 INLINE Bias load_bias(const BiasTables& tables, const Query* query, int count, float scaling) {
     uint8* shared = shared_bytes + query_bytes;
     float2* parts = reinterpret_cast<float2*>(shared);
@@ -156,8 +147,8 @@ INLINE void attend(State& state, const uint8* stage, const Queries& queries, con
 
 // ----------------------------------------------------------------------------------------------------------- merge
 
-// What is known of one column: the sums of its channels relative to 2^reference, the reference, the weights' sum.
-constexpr int record = head_dim + 2;
+// What is known of one column: the sums of its channels relative to 2^reference, the reference and the weights' sum.
+constexpr int record = head_dim + 4;
 
 INLINE void leave(const State& state, float* records, int count) {
     const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
@@ -182,39 +173,73 @@ INLINE void leave(const State& state, float* records, int count) {
         }
 }
 
-struct Merged {
-    float sum, reference, weight;
-};
-
 // Records of other blocks come from L2: a first-level cache may hold a neighbour's part of what this block wrote.
-template <bool GLOBAL> INLINE float read(const float* at) {
+template <bool GLOBAL, class T> INLINE T read(const T* at) {
     if constexpr (GLOBAL) return __ldcg(at);
     else return *at;
 }
 
-// One channel of a column over `parts` blocks' or warps' records.
-template <bool GLOBAL> INLINE Merged merge(const float* records, int parts, int column, int channel) {
-    constexpr int stride = columns * record;
-    const float* at = records + column * record;
-    Merged merged = {0.0f, nothing, 0.0f};
-    for (int part = 0; part < parts; ++part) merged.reference = fmaxf(merged.reference, read<GLOBAL>(at + part * stride + head_dim));
-    for (int part = 0; part < parts; ++part) {
-        const float factor = exp2_fast(read<GLOBAL>(at + part * stride + head_dim) - merged.reference);
-        merged.sum += factor * read<GLOBAL>(at + part * stride + channel);
-        merged.weight += factor * read<GLOBAL>(at + part * stride + head_dim + 1);
+// The factor of each part's record of each column, [part][column], for all threads; returns nothing but leaves the columns'
+// common references and weights in `totals`. A warp takes a column, its lanes the parts.
+template <bool GLOBAL> INLINE void weigh(float* factors, float2* totals, const float* records, int parts, int count) {
+    const int lane = threadIdx.x % 32;
+    for (int column = threadIdx.x / 32; column < count; column += warps) {
+        const float* at = records + column * record + head_dim;
+        float reference = nothing, weight = 0.0f;
+        for (int part = lane; part < parts; part += 32) {
+            factors[part * columns + column] = read<GLOBAL>(at + part * columns * record);
+            reference = fmaxf(reference, factors[part * columns + column]);
+        }
+        for (int distance = 16; distance; distance /= 2) reference = fmaxf(reference, __shfl_xor_sync(all_lanes, reference, distance));
+        for (int part = lane; part < parts; part += 32) {
+            const float factor = exp2_fast(factors[part * columns + column] - reference);
+            factors[part * columns + column] = factor;
+            weight += factor * read<GLOBAL>(at + part * columns * record + 1);
+        }
+        for (int distance = 16; distance; distance /= 2) weight += __shfl_xor_sync(all_lanes, weight, distance);
+        if (lane == 0) totals[column] = make_float2(reference, weight);
     }
-    return merged;
+    __syncthreads();
 }
 
-INLINE void put(Query* out, const float* value_bias, const Merged& merged, int column, int channel) {
-    const float attended = merged.sum / merged.weight + (value_bias ? value_bias[channel] : 0.0f);
-    out[column * head_dim + channel] = from_float<Query>(attended);
+// Four channels of a column, over all parts.
+template <bool GLOBAL> INLINE float4 gather(const float* factors, const float* records, int parts, int column, int channel) {
+    const float* at = records + column * record + channel;
+    float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll 8
+    for (int part = 0; part < parts; ++part) {
+        const float factor = factors[part * columns + column];
+        const float4 values = read<GLOBAL>(reinterpret_cast<const float4*>(at + part * columns * record));
+        sum.x += factor * values.x, sum.y += factor * values.y, sum.z += factor * values.z, sum.w += factor * values.w;
+    }
+    return sum;
+}
+
+struct alignas(8) FourQueries {
+    Query channels[4];
+};
+
+// The result of all parts.
+template <bool GLOBAL> INLINE void finish(Query* out, const float* value_bias, float* scratch, const float* records, int parts, int count) {
+    float2* totals = reinterpret_cast<float2*>(scratch);
+    float* factors = scratch + 2 * columns;
+    weigh<GLOBAL>(factors, totals, records, parts, count);
+    for (int i = threadIdx.x * 4; i < count * head_dim; i += warps * 128) {
+        const int column = i / head_dim, channel = i % head_dim;
+        const float4 sum = gather<GLOBAL>(factors, records, parts, column, channel);
+        const float share = 1.0f / totals[column].y;
+        float4 bias = {0.0f, 0.0f, 0.0f, 0.0f};
+        if (value_bias) bias = *reinterpret_cast<const float4*>(value_bias + channel);
+        const FourQueries four = {from_float<Query>(sum.x * share + bias.x), from_float<Query>(sum.y * share + bias.y),
+                                  from_float<Query>(sum.z * share + bias.z), from_float<Query>(sum.w * share + bias.w)};
+        *reinterpret_cast<FourQueries*>(out + i) = four;
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM)
 attention_decode(const Query* query, const uint8* pool, const int* page_table, const int* lengths, const float* value_bias,
                  const float* key_bias, const float* cos, const float* sin, int positions, Query* out, float* partials, int* arrivals, int heads, int kv_heads, int max_pages, int query_stride,
-                 int window, float scaling) {
+                 int window, int wanted, int longest, int least, float scaling) {
     const int group = heads / kv_heads, tiles = (group + columns - 1) / columns;
     const int kv_head = blockIdx.x / tiles, first_head = kv_head * group + blockIdx.x % tiles * columns;
     const int count = min(columns, (kv_head + 1) * group - first_head), sequence = blockIdx.z;
@@ -222,12 +247,14 @@ attention_decode(const Query* query, const uint8* pool, const int* page_table, c
     wait_for_previous_kernel();
 
     const int length = lengths[sequence];
-    const Range range = part_of(length, window, blockIdx.y, gridDim.y);
+    const Range range = part_of(length, window, blockIdx.y, wanted, longest, least);
     out += (static_cast<long long>(sequence) * heads + first_head) * head_dim;
     if (length == 0 && blockIdx.y == 0)
         for (int i = threadIdx.x; i < count * head_dim; i += warps * 32) out[i] = from_float<Query>(0.0f);
     if (static_cast<int>(blockIdx.y) >= range.parts) return;
 
+    query += static_cast<long long>(sequence) * query_stride + first_head * head_dim;
+    copy_queries(query, count);
     const int warp = threadIdx.x / 32;
     uint8* ring = shared_bytes + query_bytes + bias_bytes + warp * stages * stage_bytes;
     const Source source = {pool + static_cast<long long>(kv_head) * page_bytes, page_table + static_cast<long long>(sequence) * max_pages,
@@ -239,11 +266,12 @@ attention_decode(const Query* query, const uint8* pool, const int* page_table, c
         source.copy(ring + stage * stage_bytes, pages, chunk + stage * warps);
         source.find(pages, chunk + (stage + 1) * warps);
     }
-    query += static_cast<long long>(sequence) * query_stride + first_head * head_dim;
     Bias bias;
     if constexpr (has_bias) bias = load_bias({key_bias + kv_head * head_dim, cos, sin, positions}, query, count, scaling);
+    copy_wait<stages - 1>();
+    __syncthreads();
     Queries queries;
-    load_queries(queries, query, count, scaling);
+    queries.line = read_queries(reinterpret_cast<const Query*>(shared_bytes), scaling, [&](int t, int p, uint32 pair) { queries.pairs[t][p] = pair; });
 
     State state;
     state.clear();
@@ -262,22 +290,23 @@ attention_decode(const Query* query, const uint8* pool, const int* page_table, c
     copy_wait<0>();
     __syncthreads();
     float* records = reinterpret_cast<float*>(shared_bytes);
+    float* scratch = records + warps * columns * record;
     leave(state, records + warp * columns * record, count);
     __syncthreads();
     const float* added = value_bias ? value_bias + kv_head * head_dim : nullptr;
     if (range.parts == 1) {
-        for (int i = threadIdx.x; i < count * head_dim; i += warps * 32)
-            put(out, added, merge<false>(records, warps, i / head_dim, i % head_dim), i / head_dim, i % head_dim);
+        finish<false>(out, added, scratch, records, warps, count);
         return;
     }
     const int place = sequence * gridDim.x + blockIdx.x;
     partials += static_cast<long long>(place) * gridDim.y * columns * record;
     float* mine = partials + blockIdx.y * columns * record;
-    for (int i = threadIdx.x; i < count * head_dim; i += warps * 32) {
+    float2* totals = reinterpret_cast<float2*>(scratch);
+    weigh<false>(scratch + 2 * columns, totals, records, warps, count);
+    for (int i = threadIdx.x * 4; i < count * head_dim; i += warps * 128) {
         const int column = i / head_dim, channel = i % head_dim;
-        const Merged merged = merge<false>(records, warps, column, channel);
-        mine[column * record + channel] = merged.sum;
-        if (channel == 0) mine[column * record + head_dim] = merged.reference, mine[column * record + head_dim + 1] = merged.weight;
+        *reinterpret_cast<float4*>(mine + column * record + channel) = gather<false>(scratch + 2 * columns, records, warps, column, channel);
+        if (channel == 0) *reinterpret_cast<float2*>(mine + column * record + head_dim) = totals[column];
     }
     __syncthreads();
     int* last = reinterpret_cast<int*>(shared_bytes);
@@ -288,7 +317,5 @@ attention_decode(const Query* query, const uint8* pool, const int* page_table, c
         if (*last) arrivals[place] = 0;
     }
     __syncthreads();
-    if (!*last) return;
-    for (int i = threadIdx.x; i < count * head_dim; i += warps * 32)
-        put(out, added, merge<true>(partials, range.parts, i / head_dim, i % head_dim), i / head_dim, i % head_dim);
+    if (*last) finish<true>(out, added, scratch, partials, range.parts, count);
 }

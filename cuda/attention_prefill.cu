@@ -53,15 +53,20 @@ INLINE Work find_work(const int* starts, const int* lengths, int sequences, int 
     return {-1, 0, 0, 0, 0};
 }
 
+// What is needed of a column later on: the last token that it sees and its row of the output, -1 without a query.
+struct ColumnEnds {
+    int last, row;
+};
+
 // A warp's queries: few columns as fragments in registers, many in shared memory, in the order in which its lanes read
-// them; and what each lane's two columns of a tile may see: tokens up to `last`.
+// them.
 constexpr bool in_registers = query_tiles * head_dim <= 256;
 
 struct Queries {
     uint32 pairs[in_registers ? query_tiles : 1][channel_pairs];
     const uint2* fragments;
-    float slope, offsets[query_tiles][2];  // what sums of codes and minima are multiplied with for a base-2 score
-    int last[query_tiles][2];
+    Line line;
+    const ColumnEnds* ends;
 
     INLINE uint2 fragment(int t, int j) const {
         if constexpr (in_registers) return make_uint2(pairs[t][j], pairs[t][j + 1]);
@@ -82,36 +87,35 @@ struct Columns {
     }
 };
 
-INLINE void load_queries(Queries& queries, uint8* shared, float* sums, const Query* query, int stride, const Columns& all, float scaling) {
-    const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4, first_column = threadIdx.x / 32 * columns;
-    uint16* rows = reinterpret_cast<uint16*>(shared);
-#pragma unroll 8
-    for (int column = 0; column < columns; ++column) {
-        const int number = all.query(first_column + column);
+// A warp brings its own columns; those without a query are zero, and see nothing.
+INLINE void copy_queries(uint8* rows, ColumnEnds* ends, int heads, const Query* query, int stride, const Columns& all) {
+    const int lane = threadIdx.x % 32, first_column = threadIdx.x / 32 * columns;
+#pragma unroll
+    for (int at = 0; at < columns * query_row_bytes; at += 512) {
+        const int column = (at + lane * 16) / query_row_bytes, number = all.query(first_column + column);
         const Query* row = query + static_cast<long long>(all.work.start + max(number, 0)) * stride + all.head(first_column + column) * head_dim;
-        const float sum = stage_query(rows + column * head_dim, row, number >= 0);
-        if (lane == 0) sums[column] = sum;
+        copy_async(rows + at + lane * 16, reinterpret_cast<const uint8*>(row) + (at + lane * 16) % query_row_bytes, number >= 0);
     }
-    __syncwarp();
-    queries.slope = scaling * code_unit;
+    for (int column = lane; column < columns; column += 32) {
+        const int number = all.query(first_column + column);
+        ends[column] = number < 0 ? ColumnEnds{-1, -1} : ColumnEnds{all.work.position(number), (all.work.start + number) * heads + all.head(first_column + column)};
+    }
+    copy_commit();
+}
+
+INLINE void load_queries(Queries& queries, uint8* rows, const ColumnEnds* ends, float scaling) {
+    const int lane = threadIdx.x % 32;
     uint32 pairs[query_tiles][channel_pairs];
+    queries.line = read_queries(reinterpret_cast<const Query*>(rows), scaling, [&](int t, int p, uint32 pair) { pairs[t][p] = pair; });
+    queries.ends = ends;
+    if constexpr (in_registers) {
 #pragma unroll
-    for (int t = 0; t < query_tiles; ++t) {
+        for (int t = 0; t < query_tiles; ++t)
 #pragma unroll
-        for (int p = 0; p < channel_pairs; ++p) {
-            pairs[t][p] = query_pair(rows + (t * 8 + g) * head_dim, p);
-            if constexpr (in_registers) queries.pairs[t][p] = pairs[t][p];
-        }
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const int number = all.query(first_column + t * 8 + 2 * c + i);
-            queries.offsets[t][i] = scaling * sums[t * 8 + 2 * c + i];
-            queries.last[t][i] = number < 0 ? -1 : all.work.position(number);
-        }
-    }
-    __syncwarp();
-    if constexpr (!in_registers) {
-        uint2* fragments = reinterpret_cast<uint2*>(shared);
+            for (int p = 0; p < channel_pairs; ++p) queries.pairs[t][p] = pairs[t][p];
+    } else {
+        __syncwarp();
+        uint2* fragments = reinterpret_cast<uint2*>(rows);
 #pragma unroll
         for (int t = 0; t < query_tiles; ++t)
 #pragma unroll
@@ -147,13 +151,20 @@ struct Range {
 // All threads of the block bring a chunk; tokens outside of the range become zeros.
 INLINE void copy_chunk(uint8* stage, const uint8* pool, const int* pages, long long page_stride, int chunk, const Range& range) {
     const int first_token = chunk * chunk_tokens;
-    auto piece = [&](uint8* to, int part_of_page, int bytes_per_token, int at) {
-        const int token = first_token + at / bytes_per_token, last = first_token + (at + 15) / bytes_per_token;
-        const bool inside = last >= range.first && token < range.end;
-        const uint8* page = pool + (inside ? pages[token / page_tokens] * page_stride : 0);
-        copy_async(to + at, page + part_of_page + token % page_tokens * bytes_per_token + at % bytes_per_token, inside);
-    };
     if (first_token < range.end) {
+        constexpr bool in_one_page = page_tokens >= chunk_tokens;
+        const uint8* one_page = pool + (in_one_page ? pages[first_token / page_tokens] * page_stride : 0);
+        const int first_row = in_one_page ? first_token % page_tokens : 0;
+        auto piece = [&](uint8* to, int part_of_page, int bytes_per_token, int at) {
+            const int token = at / bytes_per_token, last = (at + 15) / bytes_per_token;
+            const bool inside = first_token + last >= range.first && first_token + token < range.end;
+            if constexpr (in_one_page) {
+                copy_async(to + at, one_page + part_of_page + first_row * bytes_per_token + at, inside);
+            } else {
+                const uint8* page = pool + (inside ? pages[(first_token + token) / page_tokens] * page_stride : 0);
+                copy_async(to + at, page + part_of_page + token % page_tokens * bytes_per_token + at % bytes_per_token, inside);
+            }
+        };
 #pragma unroll
         for (int side = 0; side < 2; ++side)
 #pragma unroll
@@ -168,7 +179,7 @@ INLINE void copy_chunk(uint8* stage, const uint8* pool, const int* pages, long l
 
 // Tokens that a column does not see weigh nothing; numbers of tokens that were not copied are none.
 INLINE void hide_unseen(Scores<token_tiles>& scores, TileNumbers<token_tiles>& numbers, const Queries& queries, int first_token, int window, const Range& range) {
-    const int g = threadIdx.x % 32 / 4;
+    const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
 #pragma unroll
     for (int tile = 0; tile < token_tiles; ++tile)
 #pragma unroll
@@ -178,14 +189,16 @@ INLINE void hide_unseen(Scores<token_tiles>& scores, TileNumbers<token_tiles>& n
 #pragma unroll
             for (int t = 0; t < query_tiles; ++t)
 #pragma unroll
-                for (int i = 0; i < 2; ++i)
-                    if (token > queries.last[t][i] || token <= queries.last[t][i] - window) scores[t][tile][2 * half + i] = hidden;
+                for (int i = 0; i < 2; ++i) {
+                    const int last = queries.ends[t * 8 + 2 * c + i].last;
+                    if (token > last || token <= last - window) scores[t][tile][2 * half + i] = hidden;
+                }
         }
 }
 
 // Results go through shared memory, so that a row leaves in whole sectors.
-INLINE void store(const State& state, uint8* shared, Query* out, const float* value_bias, const Columns& all, int heads) {
-    const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4, first_column = threadIdx.x / 32 * columns;
+INLINE void store(const State& state, uint8* shared, Query* out, const float* value_bias, const ColumnEnds* ends) {
+    const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
     Query* rows = reinterpret_cast<Query*>(shared);
 #pragma unroll
     for (int t = 0; t < query_tiles; ++t)
@@ -210,9 +223,8 @@ INLINE void store(const State& state, uint8* shared, Query* out, const float* va
         }
     __syncwarp();
     for (int column = 0; column < columns; ++column) {
-        const int number = all.query(first_column + column);
-        if (number < 0) break;
-        uint32* to = reinterpret_cast<uint32*>(out + (static_cast<long long>(all.work.start + number) * heads + all.head(first_column + column)) * head_dim);
+        if (ends[column].row < 0) break;
+        uint32* to = reinterpret_cast<uint32*>(out + static_cast<long long>(ends[column].row) * head_dim);
         for (int i = lane; i < head_dim / 2; i += 32) to[i] = reinterpret_cast<const uint32*>(rows + column * head_dim)[i];
     }
 }
@@ -233,19 +245,23 @@ attention_prefill(const Query* query, const uint8* pool, const int* page_table, 
     const int* pages = page_table + static_cast<long long>(work.sequence) * max_pages;
     const long long page_stride = static_cast<long long>(kv_heads) * page_bytes;
     pool += static_cast<long long>(kv_head) * page_bytes;
-    uint8* ring = shared_bytes + warps * (warp_bytes + columns * sizeof(float)) + bias_bytes;
+    constexpr int all_query_bytes = warps * (warp_bytes + columns * sizeof(ColumnEnds));
+    uint8* ring = shared_bytes + all_query_bytes + bias_bytes;
+    uint8* own = shared_bytes + warp * warp_bytes;
+    ColumnEnds* ends = reinterpret_cast<ColumnEnds*>(shared_bytes + warps * warp_bytes) + warp * columns;
+    const Columns all = {work, group, block_queries};
+    query += kv_head * group * head_dim;
+    copy_queries(own, ends, heads, query, query_stride, all);
     int chunk = range.first / chunk_tokens;
 #pragma unroll
     for (int stage = 0; stage < stages - 1; ++stage) copy_chunk(ring + stage * stage_bytes, pool, pages, page_stride, chunk + stage, range);
 
-    const Columns all = {work, group, block_queries};
-    Queries queries;
-    uint8* own = shared_bytes + warp * warp_bytes;
-    query += kv_head * group * head_dim;
     Bias bias;
-    if constexpr (has_bias) bias = load_bias(shared_bytes + warps * (warp_bytes + columns * sizeof(float)), {key_bias + kv_head * head_dim, cos, sin, positions}, query, query_stride, all, scaling);
-    load_queries(queries, own, reinterpret_cast<float*>(shared_bytes + warps * warp_bytes) + warp * columns,
-                 query, query_stride, all, scaling);
+    if constexpr (has_bias) bias = load_bias(shared_bytes + all_query_bytes, {key_bias + kv_head * head_dim, cos, sin, positions}, query, query_stride, all, scaling);
+    copy_wait<stages - 1>();
+    __syncwarp();
+    Queries queries;
+    load_queries(queries, own, ends, scaling);
     const int first_place = warp * columns / group, last_place = min((warp * columns + columns - 1) / group, block_queries - 1);
     const int own_lowest = lowest + first_place, own_top = min(lowest + last_place, top);  // positions of the warp's queries
 
@@ -259,7 +275,7 @@ attention_prefill(const Query* query, const uint8* pool, const int* page_table, 
         copy_chunk(ring + free_stage * stage_bytes, pool, pages, page_stride, chunk + stages - 1, range);
         const uint8* here = ring + stage * stage_bytes;
         if constexpr (has_bias) bias.turn(chunk * chunk_tokens);
-#pragma unroll 1
+#pragma unroll UNROLL
         for (int step = 0; step < chunk_tokens; step += step_tokens) {
             const int first_token = chunk * chunk_tokens + step;
             if (first_token > own_top || first_token + step_tokens - 1 <= own_lowest - window) continue;
@@ -278,5 +294,5 @@ attention_prefill(const Query* query, const uint8* pool, const int* page_table, 
     }
     copy_wait<0>();
     __syncwarp();
-    store(state, own, out + kv_head * group * head_dim, value_bias ? value_bias + kv_head * head_dim : nullptr, all, heads);
+    store(state, own, out + kv_head * group * head_dim, value_bias ? value_bias + kv_head * head_dim : nullptr, ends);
 }

@@ -19,32 +19,42 @@ constexpr float highest = 15.0f, aim = 10.0f;  // binary exponents of weights: a
 using KeySlice = Slice<4>;
 using ValueSlice = Slice<8>;
 
-INLINE float sum_of_warp(float value) {
-    for (int distance = 16; distance; distance /= 2) value += __shfl_xor_sync(all_lanes, value, distance);
-    return value;
-}
-
 // ------------------------------------------------------------------------------------------------------- queries
 
-// A query as a row of 16-bit operands, which nibbles in odd places meet at a sixteenth; returns the sum of its channels.
-// A token's score is key_scale * (sum of products) + key_minimum * (sum of channels), times the scaling.
-template <class Query> INLINE float stage_query(uint16* row, const Query* query, bool exists) {
-    const int lane = threadIdx.x % 32;
-    const float place = lane % 2 ? odd_place : 1.0f;
-    float sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < head_dim / 32; ++i) {
-        const OperandNumber number = from_float<OperandNumber>(exists ? to_float(query[i * 32 + lane]) * place : 0.0f);
-        row[i * 32 + lane] = number.bits;
-        sum += to_float(number) / place;
-    }
-    return sum_of_warp(sum);
+constexpr int query_row_bytes = head_dim * 2;
+
+// What a warp knows of its columns besides the fragments. A token's score is
+// key_scale * (sum of products) * slope + key_minimum * offset, in base 2.
+struct Line {
+    float slope, offsets[query_tiles][2];
+};
+
+// Register p of the fragment of one query: the two channels that register p of a key's fragment holds. Codes in odd
+// places count more than they are, and meet a query that counts less.
+template <class Query> INLINE uint32 query_pair(float& sum, const Query* row, int p) {
+    const int c = threadIdx.x % 4, local = p / word_pairs * word_channels + p % word_pairs;
+    const float low = to_float(row[KeySlice::channel(c, local)]), high = to_float(row[KeySlice::channel(c, local + word_pairs)]);
+    const float place = p % word_pairs % 2 ? odd_place : 1.0f;
+    sum += low + high;
+    return Operand::pack(low * place, high * place);
 }
 
-// Register p of a row's fragment: the two channels that register p of a key's fragment holds.
-INLINE uint32 query_pair(const uint16* row, int p) {
-    const int c = threadIdx.x % 4, local = p / word_pairs * word_channels + p % word_pairs;
-    return row[KeySlice::channel(c, local)] | static_cast<uint32>(row[KeySlice::channel(c, local + word_pairs)]) << 16;
+// The fragments of `columns` queries that lie in shared memory, given to keep(t, p, pair), and their line.
+template <class Query, class Keep> INLINE Line read_queries(const Query* rows, float scaling, Keep keep) {
+    const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
+    Line line;
+    line.slope = scaling * code_unit;
+#pragma unroll
+    for (int t = 0; t < query_tiles; ++t) {
+        float sum = 0.0f;
+#pragma unroll
+        for (int p = 0; p < channel_pairs; ++p) keep(t, p, query_pair(sum, rows + (t * 8 + g) * head_dim, p));
+        sum += __shfl_xor_sync(all_lanes, sum, 1);
+        sum += __shfl_xor_sync(all_lanes, sum, 2);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) line.offsets[t][i] = scaling * __shfl_sync(all_lanes, sum, (2 * c + i) * 4);
+    }
+    return line;
 }
 
 // -------------------------------------------------------------------------------------------------------- attention
@@ -102,7 +112,7 @@ INLINE void score(Scores<TILES>& scores, TileNumbers<TILES>& numbers, const Chun
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const Numbers& token = numbers[tile][i / 2];
-                scores[t][tile][i] = sums[i] * (token.key_scale * queries.slope) + token.key_minimum * queries.offsets[t][i % 2];
+                scores[t][tile][i] = sums[i] * (token.key_scale * queries.line.slope) + token.key_minimum * queries.line.offsets[t][i % 2];
             }
         }
     }

@@ -23,6 +23,12 @@ SHARED_LIMITS = {
     "100a": 227 << 10,
     "120a": 99 << 10,
 }
+# Bytes on their way to an SM: enough for an H100's memory. Twice as many make a queue in front of it, in which those
+# accesses wait that a block's beginning and end depend on.
+IN_FLIGHT = 64 << 10
+LONGEST_PART = 8192  # tokens of a sequence for one block
+MOST_PARTS = 128  # of a sequence
+LEAST_CHUNKS = 1  # of a warp
 FEW_TOKENS = 256  # up to this many, a warp appends one head
 NO_WINDOW = (1 << 31) - 1
 LOG2_E = 1.4426950408889634
@@ -95,23 +101,23 @@ class DecodePlan(NamedTuple):
 def plan_decode(
     fmt: PageFormat, dtype: torch.dtype, group: int, shared_limit: int, biases: Biases = NO_BIASES
 ) -> DecodePlan:
-    """The kernel for `group` query heads per KV head: 8 or 16 columns of an MMA, a ring of three stages if they fit.
+    """The kernel for `group` query heads per KV head: 8 or 16 columns of an MMA, and a ring for each warp.
 
-    A warp's chunk is 32 tokens of short rows, 16 of long ones, 2 to 16 KB: with 16 warps on an SM of an H100 two stages
-    in flight are 64 KB and more, which is what its memory needs.
+    A warp's chunk is 32 tokens of short rows, 16 of long ones. The ring has as many stages as keep IN_FLIGHT bytes on
+    their way to an SM, if they fit.
     """
     tiles = 2 if group > 8 and fmt.head_dim <= 128 else 1
     chunk = 32 if fmt.code_bytes <= 64 else 16
     blocks = 4 if tiles == 1 and fmt.head_dim <= 128 else 2
     columns = 8 * tiles
-    queries = columns * (fmt.head_dim * 2 + 4)
+    queries = columns * fmt.head_dim * 2
     if biases.key is not None:
         queries += 2 * fmt.head_dim * ((2 + WARPS) * columns + chunk)
-    records = WARPS * columns * (fmt.head_dim + 2) * 4
-    stages = 3
-    while stages > 2 and queries + WARPS * stages * chunk * fmt.bytes_per_token > shared_limit:
+    stage = WARPS * chunk * fmt.bytes_per_token
+    stages = 1 + -(-IN_FLIGHT // (blocks * stage))
+    while stages > 2 and queries + stages * stage > shared_limit:
         stages -= 1
-    shared = max(queries + WARPS * stages * chunk * fmt.bytes_per_token, records)
+    shared = max(queries + stages * stage, columns * 4 * (WARPS * (fmt.head_dim + 4) + 2 + MOST_PARTS))
     defines: dict[str, int | str] = {
         "ELEMENT": fmt.element.upper(),
         "HEAD_DIM": fmt.head_dim,
@@ -127,29 +133,42 @@ def plan_decode(
     return DecodePlan(defines, columns, shared, blocks)
 
 
-def splits_for(places: int, chunks: int, slots: int) -> int:
-    """Parts that each sequence's chunks are cut into, so that `places` KV heads fill the `slots` of the card."""
-    return max(1, min(slots // places, -(-chunks // WARPS)))
+class Parts(NamedTuple):
+    """How a sequence is cut: into `wanted` parts, but none of more than `longest` chunks; `most` parts at most."""
+
+    wanted: int
+    longest: int
+    most: int
+
+
+def parts_for(places: int, chunks: int, slots: int, chunk: int) -> Parts:
+    """Parts of up to `chunks` chunks, so that `places` KV heads fill the `slots` of the card.
+
+    A part has LONGEST_PART tokens at most, so that one long sequence among short ones does not wait for a single block.
+    """
+    wanted = max(1, min(slots // places, -(-chunks // WARPS), MOST_PARTS))
+    longest = max(LONGEST_PART // chunk, -(-chunks // MOST_PARTS))
+    return Parts(wanted, longest, max(wanted, -(-chunks // longest)))
 
 
 def launch_decode(
     load: Loader, query: Tensor, pool: Tensor, fmt: PageFormat, page_table: Tensor, lengths: Tensor, scaling: float,
-    window: int | None, biases: Biases, out: Tensor, *, processors: int, shared_limit: int, splits: int | None = None,
+    window: int | None, biases: Biases, out: Tensor, *, processors: int, shared_limit: int, parts: Parts | None = None,
 ) -> None:  # fmt: skip
     """Enqueue the decode kernel; the number of parts depends on shapes alone, never on lengths."""
     query = _dense_heads(query)
     (batch, heads, head_dim), kv_heads = query.shape, pool.shape[1]
     plan = plan_decode(fmt, query.dtype, heads // kv_heads, shared_limit, biases)
-    blocks = kv_heads * -(-heads // kv_heads // plan.columns)
-    chunks = page_table.shape[1] * fmt.page // int(plan.defines["CHUNK"])
-    if splits is None:
-        splits = splits_for(batch * blocks, chunks, processors * plan.blocks_per_processor)
-    floats = batch * blocks * splits * plan.columns * (head_dim + 2) if splits > 1 else 1
+    blocks, chunk = kv_heads * -(-heads // kv_heads // plan.columns), int(plan.defines["CHUNK"])
+    if parts is None:
+        chunks = -(-page_table.shape[1] * fmt.page // chunk)
+        parts = parts_for(batch * blocks, chunks, processors * plan.blocks_per_processor, chunk)
+    floats = batch * blocks * parts.most * plan.columns * (head_dim + 4) if parts.most > 1 else 1
     partials, arrivals = scratch(query.device, floats, batch * blocks)
     load(DECODE, plan.defines, plan.shared_bytes).launch(
-        (blocks, splits, batch), WARPS * 32, query, pool, page_table, lengths, *biases.arguments(), out, partials,
+        (blocks, parts.most, batch), WARPS * 32, query, pool, page_table, lengths, *biases.arguments(), out, partials,
         arrivals, heads, kv_heads, page_table.shape[1], query.stride(0), NO_WINDOW if window is None else window,
-        scaling * LOG2_E, overlap=True,
+        parts.wanted, parts.longest, LEAST_CHUNKS, scaling * LOG2_E, overlap=True,
     )  # fmt: skip
 
 
@@ -165,11 +184,11 @@ class PrefillPlan(NamedTuple):
 
 
 def plan_prefill(fmt: PageFormat, dtype: torch.dtype, shared_limit: int, biases: Biases = NO_BIASES) -> PrefillPlan:
-    """The kernel whose warps have 16 columns each, over a ring of three chunks; 12 warps fit an SM's registers."""
+    """The kernel whose warps have 16 columns each, over a ring of three chunks."""
     tiles = 2
     chunk = 64 if fmt.code_bytes <= 64 else 32 if fmt.code_bytes <= 256 else 16
     columns = WARPS * 8 * tiles
-    queries = columns * (fmt.head_dim * 2 + 4)
+    queries = columns * (fmt.head_dim * 2 + 8)
     if biases.key is not None:
         queries += 2 * fmt.head_dim * (3 * columns + chunk)
     stages = 3
@@ -183,9 +202,10 @@ def plan_prefill(fmt: PageFormat, dtype: torch.dtype, shared_limit: int, biases:
         "QUERY_TILES": tiles,
         "CHUNK": chunk,
         "STEP": 16,
+        "UNROLL": 4,
         "WARPS": WARPS,
         "STAGES": stages,
-        "BLOCKS_PER_SM": 3 if fmt.element == "int4" and fmt.head_dim <= 128 and biases.key is None else 2,
+        "BLOCKS_PER_SM": 2,
         **biases.defines,
     }
     return PrefillPlan(defines, columns, queries + stages * chunk * fmt.bytes_per_token)

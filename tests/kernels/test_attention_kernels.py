@@ -45,7 +45,7 @@ def test_decode(element: Element, lengths: list[int], splits: int, window: int |
     out = torch.full_like(case.query, float("nan"))
     launch.launch_decode(
         on_host, case.query, case.pool, case.fmt, case.page_table, case.lengths, SCALING, window,
-        launch.Biases(value=bias), out, processors=1, shared_limit=LARGE, splits=splits,
+        launch.Biases(value=bias), out, processors=1, shared_limit=LARGE, parts=launch.Parts(splits, 1 << 20, splits),
     )  # fmt: skip
     assert relative_error(out, case.expected(SCALING, window, None, bias)) < TOLERANCE
 
@@ -66,8 +66,8 @@ def test_prefill(
     bias = torch.randn(case.pool.shape[1], case.fmt.head_dim)
     out = torch.full_like(case.query, float("nan"))
     launch.launch_prefill(
-        on_host, case.query, case.pool, case.fmt, case.page_table, case.starts, case.lengths, SCALING, window, bias,
-        out, shared_limit=LARGE,
+        on_host, case.query, case.pool, case.fmt, case.page_table, case.starts, case.lengths, SCALING, window,
+        launch.Biases(value=bias), out, shared_limit=LARGE,
     )  # fmt: skip
     assert relative_error(out, case.expected(SCALING, window, None, bias)) < TOLERANCE
 
@@ -86,7 +86,7 @@ def test_key_biases_come_back(queries: list[int] | None, head_dim: int, hadamard
     if queries is None:
         launch.launch_decode(
             on_host, case.query, case.pool, case.fmt, case.page_table, case.lengths, SCALING, None, biases, out,
-            processors=1, shared_limit=LARGE, splits=1,
+            processors=1, shared_limit=LARGE, parts=launch.Parts(1, 1 << 20, 1),
         )  # fmt: skip
     else:
         launch.launch_prefill(
@@ -149,4 +149,4 @@ def test_a_nibble_costs_a_mask(tmp_path: Path) -> None:
     listing = sass(compile_source(f"{launch.DECODE}.cu", "90a", plan.defines).cubin, tmp_path)
     assert "HMMA.16816.F32" in listing
     assert "LDGSTS.E.BYPASS" in listing
-    assert "I2F" not in listing
+    assert "I2FP" not in listing  # plain I2F is part of a division of integers

@@ -1,0 +1,149 @@
+"""Attention on a paged cache on a card: random caches of every kind, batches, graphs, streams and 128k keys."""
+
+import random
+
+import pytest
+import torch
+
+from atomcli.kernels import attention
+from atomcli.kernels import attention_reference as reference
+from atomcli.kernels.pages import Element, PageFormat
+from tests.kernels.attention_cases import Problem, problem, relative_error, rope_tables
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+DEVICE = torch.device("cuda", 0)
+SCALING = 0.1
+TOLERANCE = 4e-3  # of results in bf16, whose rounding is 1.7e-3
+ELEMENTS: tuple[Element, ...] = ("int4", "int8", "fp8", "bf16")
+HEADS = ((4, 4), (8, 2), (7, 1), (24, 2), (40, 2))
+
+
+@pytest.fixture(autouse=True)
+def _kernels_run() -> None:
+    assert attention.why_not(PageFormat("int4", 128), DEVICE) is None
+
+
+def decoded(case: Problem, window: int | None = None, **biases: object) -> torch.Tensor:
+    """What the kernel makes of a problem that lies on the card; poisoned before."""
+    query = case.query.to(DEVICE)
+    out = torch.full_like(query, float("nan"))
+    return attention.decode(
+        query, case.pool, case.fmt, case.page_table, case.lengths, SCALING, window, out=out, **biases
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("element", ELEMENTS)
+def test_decode(element: Element, head_dim: int) -> None:
+    draw = random.Random(head_dim)
+    for page in (16, 32, 64):
+        heads, kv_heads = draw.choice(HEADS)
+        window = draw.choice((None, None, 1, 50))
+        lengths = [0, 1, page - 1, page, page + 1, draw.randint(200, 900), draw.randint(2, 64)]
+        case = problem(element, lengths, head_dim=head_dim, page=page, heads=heads, kv_heads=kv_heads)
+        assert relative_error(decoded(case.to(DEVICE), window), case.expected(SCALING, window)) < TOLERANCE
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("element", ELEMENTS)
+def test_prefill(element: Element, head_dim: int) -> None:
+    draw = random.Random(head_dim)
+    for page in (16, 64):
+        heads, kv_heads = draw.choice(HEADS)
+        window = draw.choice((None, None, 1, 50))
+        lengths = [draw.randint(1, 300), 0, 1, page, draw.randint(1, 300)]
+        queries = [draw.randint(0, length) for length in lengths]
+        case = problem(
+            element, lengths, queries=queries, head_dim=head_dim, page=page, heads=heads, kv_heads=kv_heads
+        )  # fmt: skip
+        on_card, query = case.to(DEVICE), case.query.to(DEVICE)
+        out = attention.prefill(
+            query, on_card.pool, case.fmt, on_card.page_table, on_card.starts, on_card.lengths, SCALING, window,
+            out=torch.full_like(query, float("nan")),
+        )  # fmt: skip
+        assert relative_error(out, case.expected(SCALING, window)) < TOLERANCE
+
+
+@pytest.mark.parametrize("hadamard", [False, True])
+@pytest.mark.parametrize("element", ELEMENTS)
+def test_key_biases_come_back(element: Element, hadamard: bool) -> None:
+    case = problem(element, [300, 1, 75], head_dim=128, page=32, heads=7, kv_heads=1)
+    key_bias, value_bias = torch.randn(1, 128) * 3, torch.randn(1, 128)
+    cos, sin = rope_tables(300, 128)
+    turned = reference.rotate(key_bias.expand(300, 1, 128), cos, sin)
+    rope = (cos.to(DEVICE), sin.to(DEVICE))
+    biases = {"key_bias": key_bias.to(DEVICE), "value_bias": value_bias.to(DEVICE), "rope": rope, "hadamard": hadamard}
+    turned = reference.hadamard_heads(turned) if hadamard else turned
+    expected = case.expected(SCALING, None, turned, value_bias)
+    assert relative_error(decoded(case.to(DEVICE), **biases), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("tokens", [3, 300])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("element", ELEMENTS)
+def test_append_is_the_reference_bit_for_bit(element: Element, head_dim: int, tokens: int) -> None:
+    torch.manual_seed(head_dim)
+    fmt, heads, kv_heads = PageFormat(element, head_dim, 32), 6, 2
+    merged = (torch.randn(tokens, heads + 2 * kv_heads, head_dim) * torch.rand(tokens, 1, 1) * 5).bfloat16()
+    angles = torch.rand(tokens, head_dim // 2) * 100
+    slots = torch.randperm(320)[:tokens]
+    slots[1] = -1
+    pools = [torch.full((10, kv_heads, fmt.bytes), 7, dtype=torch.uint8) for _ in range(2)]
+    on_card = pools[1].to(DEVICE)
+    for hadamard in (False, True):
+        tensors = (*merged.split([heads, kv_heads, kv_heads], dim=1), angles.cos(), angles.sin(), slots)
+        expected = attention.append(pools[0], fmt, *tensors, hadamard)
+        rotated = attention.append(on_card, fmt, *(t.to(DEVICE) for t in tensors), hadamard)
+        assert torch.equal(rotated.cpu(), expected)
+        assert torch.equal(on_card.cpu(), pools[0])
+
+
+def test_a_request_alone_and_in_a_full_batch() -> None:
+    """Bit for bit, as long as both are cut into as many parts."""
+    lengths = [random.Random(0).randint(1, 500) for _ in range(600)]
+    case = problem("int4", lengths, head_dim=128, page=16, heads=8, kv_heads=8).to(DEVICE)
+    together = decoded(case)
+    for rows in (slice(0, 300), slice(300, 600)):
+        part = Problem(
+            case.fmt, case.query[rows], case.pool, case.page_table[rows], case.starts, case.lengths[rows], [], []
+        )  # fmt: skip
+        assert torch.equal(decoded(part), together[rows])
+
+
+def test_128k_keys() -> None:
+    case = problem("int4", [131072, 5], head_dim=64, page=64, heads=2, kv_heads=1)
+    assert relative_error(decoded(case.to(DEVICE)), case.expected(SCALING)) < TOLERANCE
+
+
+def test_a_graph_serves_other_lengths() -> None:
+    """Split sequences too, whose parts meet in a workspace that must come out clean every time."""
+    case = problem("int4", [700, 300, 0], head_dim=128, page=16, heads=8, kv_heads=2).to(DEVICE)
+    decoded(case)
+    query, out = case.query.to(DEVICE), torch.empty(3, 8, 128, dtype=torch.bfloat16, device=DEVICE)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(3):
+            attention.decode(query, case.pool, case.fmt, case.page_table, case.lengths, SCALING, out=out)
+    for lengths in ([700, 300, 0], [1, 0, 0], [33, 299, 0]):
+        case.lengths.copy_(torch.tensor(lengths, dtype=torch.int32))
+        out.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(out, decoded(case))
+
+
+def test_two_streams() -> None:
+    cases = [problem("int4", [900, 20], head_dim=128, heads=8, kv_heads=8, seed=seed).to(DEVICE) for seed in (0, 1)]
+    expected = [decoded(case) for case in cases]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in cases]
+    for _ in range(20):
+        results = []
+        for case, stream in zip(cases, streams, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(decoded(case))
+        torch.cuda.synchronize()
+        assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))

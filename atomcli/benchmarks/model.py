@@ -32,7 +32,7 @@ PREFILL_TOKENS = 16384
 # The first of these captures the graph, the others wake the card's clock.
 WARMUP_STEPS = 3
 
-_MEASURES = ("prefill", "first token", "decode", "step", "of limit", "KV cache", "weights")
+_MEASURES = ("prefill", "first token", "prefill limit", "decode", "step", "step limit", "KV cache", "weights")
 
 
 def bench_model(
@@ -124,12 +124,15 @@ def _setting(name: str, model: FusedModel, batch: int, context: int, new_tokens:
     if prefills:
         measures["prefill"] = measure([batch * context / seconds for seconds in prefills[warmup:]], "tokens/s")
         measures["first token"] = measure([seconds * 1e3 for seconds in prefills[warmup:]], "ms")
+        least = prefill_limit(model, batch, context)
+        if least is not None:
+            measures["prefill limit"] = measure([100 * least / seconds for seconds in prefills[warmup:]], "%")
     measures["decode"] = measure([batch / seconds for seconds in steps], "tokens/s")
     measures["step"] = measure([seconds * 1e3 for seconds in steps], "ms")
     measures["KV cache"] = exact(model.pool_bytes(pages), "bytes")
     limit = step_limit(model, batch, context + new_tokens // 2)
     if limit is not None:
-        measures["of limit"] = measure([100 * limit / seconds for seconds in steps], "%")
+        measures["step limit"] = measure([100 * limit / seconds for seconds in steps], "%")
     return Row(labels, measures, path_note(model), extra)
 
 
@@ -203,17 +206,40 @@ class Batch:
 
 
 def step_limit(model: FusedModel, batch: int, context: int) -> float | None:
-    """Seconds that the card needs at least for a decode step: for its bytes or its operations, whichever is longer."""
-    if model.device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(model.device)
-    card = next((key for key in MEMORY_BANDWIDTH if key in name), None)
+    """Seconds that the card needs at least for a decode step: for its bytes or its operations, whichever is longer.
+
+    None without a card whose limits were measured.
+    """
+    card = _card(model)
     if card is None:
         return None
     cache = batch * context * model.token_bytes
-    peak = BF16_PEAK if "torch" in model.kernels else INT8_PEAK
     operations = 2.0 * batch * model.parameters
-    return max((model.read_bytes + cache) / MEMORY_BANDWIDTH[card], operations / peak[card])
+    return max((model.read_bytes + cache) / MEMORY_BANDWIDTH[card], operations / _peak(model, card))
+
+
+def prefill_limit(model: FusedModel, batch: int, context: int) -> float | None:
+    """Seconds that the card needs at least for the operations of a prefill; attention's are in 16 bits.
+
+    None without a card whose limits were measured.
+    """
+    card = _card(model)
+    if card is None:
+        return None
+    products = 2.0 * batch * context * sum(block.parameters for block in model.blocks)
+    scores = sum(2.0 * batch * context**2 * block.heads * block.head_dim for block in model.blocks)
+    return products / _peak(model, card) + scores / BF16_PEAK[card]
+
+
+def _card(model: FusedModel) -> str | None:
+    if model.device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(model.device)
+    return next((key for key in MEMORY_BANDWIDTH if key in name), None)
+
+
+def _peak(model: FusedModel, card: str) -> float:
+    return (BF16_PEAK if "torch" in model.kernels else INT8_PEAK)[card]
 
 
 def synchronize(device: torch.device) -> None:

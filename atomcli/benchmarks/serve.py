@@ -26,7 +26,7 @@ from atomcli.runtime.serving import Request, Server
 
 SEED = 0
 MOST_ROWS = 256
-_MEASURES = ("sequences", "throughput", "step", "of limit", "KV cache", "weights")
+_MEASURES = ("sequences", "throughput", "step", "step limit", "KV cache", "weights")
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def _row(name: str, model: FusedModel, budget: float, reserve: int | None, workl
     average = statistics.mean(running)
     limit = step_limit(model, max(1, round(average)), round(statistics.mean(cached) / max(1.0, average)))
     if limit is not None:
-        measures["of limit"] = measure([100 * limit / step for step in steps], "%")
+        measures["step limit"] = measure([100 * limit / step for step in steps], "%")
     return Row(labels, measures, f"{rows} places; {path_note(model)}", extra)
 
 

@@ -61,7 +61,7 @@ def test_rows_pair_the_models_and_count_bytes() -> None:
         assert prefill is not None
         assert (decode.samples, prefill.samples) == (3, 2)
         assert decode.median > 0
-        assert row.measures["of limit"] is None  # of a card's
+        assert row.measures["step limit"] is None  # of a card's
     assert rows[0].measures["decode ratio"].median == 1  # type: ignore[union-attr]
     assert (rows[0].note, rows[1].note) == ("torch; bf16 pages; no graphs", "reference; int4 pages; no graphs")
     assert calls == [(done, 4) for done in range(1, 5)]

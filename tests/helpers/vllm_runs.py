@@ -36,10 +36,13 @@ def run(jobs: list[dict[str, Any]], directory: Path) -> list[dict[str, Any]]:
 
     A job: {"model": directory, "prompts": lists of ids, "tokens": how many to generate, "options": vLLM's}.
     """
+    # Engines of one rank can follow each other in a process; those of several can't.
+    several = [job for job in jobs if "tensor_parallel_size" in job.get("options", {})]
+    if len(jobs) > 1 and several:
+        return [run([job], directory)[0] for job in jobs]
     file = directory / "jobs.json"
     file.write_text(json.dumps(jobs))
-    root = Path(__file__).parents[2]
-    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": str(root)}
+    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(
         [sys.executable, __file__, str(file)], capture_output=True, text=True, env=environment, timeout=1800
     )

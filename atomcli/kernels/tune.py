@@ -56,7 +56,7 @@ TILES = (
 def choose(device: torch.device, bits: int, rows: int, blocks: int, tokens: int) -> Tile:
     """The tile for `tokens` tokens, `rows` output channels and `blocks` blocks of 128 body channels."""
     known = _measured(_card(device)).get(_key(bits, rows, blocks, tokens))
-    return known or default(bits, rows, tokens, compiler.multiprocessors(device))
+    return fit(known, bits) if known else default(bits, rows, tokens, compiler.multiprocessors(device))
 
 
 def default(bits: int, rows: int, tokens: int, multiprocessors: int) -> Tile:

@@ -1,0 +1,56 @@
+"""Which tile a problem gets: always one that fits, by rule where nothing was measured, else what was measured."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from atomcli.kernels import tune
+from atomcli.kernels.tiles import SHARED_LIMIT, Tile, deal, weight_block_bytes
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("tokens", [1, 9, 17, 33, 65, 129, 257, 5000])
+@pytest.mark.parametrize("rows", [64, 4096, 28672])
+def test_the_rules_tile_fits_and_holds_the_tokens(bits: int, tokens: int, rows: int) -> None:
+    tile = tune.default(bits, rows, tokens, 132)
+    assert tile.shared_bytes(weight_block_bytes(bits)) + 16 * tile.stages <= SHARED_LIMIT
+    assert tile.stages >= 2
+    assert tile.tokens >= min(tokens, 128)
+
+
+def test_every_shipped_choice_fits() -> None:
+    shipped = tune._measured("NVIDIA H100 80GB HBM3")
+    assert len(shipped) > 100
+    for key, tile in shipped.items():
+        assert tune.fit(tile, int(key[1])) == tile, key
+
+
+def test_experts_windows_leave_room_for_others_tokens() -> None:
+    assert tune.for_experts(4, 4096, 8, 8, 132).tokens == 8  # a token each lies within one group of 8
+    assert tune.for_experts(4, 4096, 8, 16, 132).tokens == 16  # two may lie in two of them
+    assert tune.for_experts(4, 4096, 128, 1, 132).tokens == 8
+    assert tune.for_experts(4, 4096, 8, 4096, 132).tokens == 256
+    assert all(tune.for_experts(4, 4096, 8, tokens, 132).cluster == 1 for tokens in (1, 64, 999))
+
+
+def test_a_measured_choice_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATOM_CACHE", str(tmp_path))
+    monkeypatch.setattr(tune, "_card", lambda device: "A card")
+    monkeypatch.setattr(tune.compiler, "multiprocessors", lambda device: 132)
+    tune._measured.cache_clear()
+    device = torch.device("cpu")
+    ruled = tune.choose(device, 4, 512, 7, 100)
+    measured = Tile(16, 1, 4, 4, 4, split="all")
+    tune._keep("A card", {tune._key(4, 512, 7, 100): measured})
+    assert tune.choose(device, 4, 512, 7, 128) == measured != ruled
+    assert tune.choose(device, 4, 512, 7, 129) == tune.default(4, 512, 129, 132)
+    tune._measured.cache_clear()
+
+
+def test_tiles_are_dealt_in_turn_or_cut_up() -> None:
+    assert deal(Tile(256), 300, 132) == (132, 0)
+    assert deal(Tile(256), 100, 132) == (100, 0)
+    assert deal(Tile(256, split="remainder"), 300, 132) == (132, 36)
+    assert deal(Tile(256, split="all", blocks=128), 300, 132) == (128, 300)
+    assert deal(Tile(256, split="all", cluster=2), 300, 132) == (132, 150)

@@ -118,7 +118,7 @@ def forecast(source: Source, recipe: Recipe, scratch: Path, device: torch.device
     # A slot of the trial takes chunks as large as a slot of the run.
     chunk = min(walk.sequences_at_once(length), -(-samples // SLOTS))
     few = min(samples, 2 if chunk == 1 else SLOTS * chunk)
-    many = min(samples, 2 * few)
+    many = min(samples, (4 if chunk == 1 else 2) * few)  # far enough apart to tell the slope from noise
     trials: dict[int, dict[str, float]] = {}
     memory: tuple[int, int | None] = (0, None)
     for number in sorted({few, many}):

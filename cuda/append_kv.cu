@@ -1,147 +1,219 @@
 // New tokens enter a paged cache: RoPE and Hadamard on queries and keys, quantization by the rules of formats/kv.py and
-// kernels/pages.py, bit for bit, and the write into the page. A warp takes VECTORS heads of a token, of queries,
-// keys and values in this order: lane l has channels l, l + 32, ... of each.
+// kernels/pages.py, bit for bit, and the write into the page.
 //
-// Arithmetic that decides a code is written with rounding intrinsics: a contraction to FMA would move codes.
+// head_dim / 16 lanes share a head, lane l has two runs of eight channels: those from 8 l and those from head_dim / 2 + 8 l,
+// so that both channels that RoPE pairs are its own, and so are the eight nibbles of a word. A warp takes as many heads of
+// a token as it has lanes for, of queries, keys and values in this order. Arithmetic that decides a code is written with
+// rounding intrinsics: a contraction to FMA would move codes.
 
 #include "attention_cache.cuh"
 #include "chain.cuh"
-#include "heads.cuh"
 
 using Input = INPUT;  // bf16, fp16 or float
 constexpr bool rotates_keys = ROTATE_KEYS, has_hadamard = HADAMARD;
 constexpr int warps = WARPS;
-constexpr int vectors = VECTORS;
-constexpr int values_per_lane = head_dim / 32;
+constexpr int lanes = head_dim / 16;  // of a head
+constexpr int heads_of_warp = 32 / lanes;
 constexpr int half = head_dim / 2;
+constexpr bool even_lanes = (lanes & (lanes - 1)) == 0;  // not so for 96 channels: five heads a warp, two lanes idle
 constexpr unsigned all_lanes = 0xFFFFFFFFu;
 
-using Values = float[values_per_lane];
+using Runs = float[2][8];
 
-// RoPE pairs channel i with i + head_dim / 2: another value of the lane, or, where half a head is no multiple of 32
-// channels, one of the lane 16 further.
-INLINE void rotate(Values& values, const Values& cos, const Values& sin) {
-    const int lane = threadIdx.x % 32;
-    Values partner;
-    if constexpr (half % 32 == 0) {
+struct alignas(16) Eight {
+    Input values[8];
+};
+
+// A lane's place among those of its head.
+struct Place {
+    int lane, first;  // `first`: the warp's lane that the head begins at
+};
+
+INLINE void rotate(Runs& runs, const Runs& turn) {
 #pragma unroll
-        for (int k = 0; k < values_per_lane; ++k) partner[k] = values[(k + half / 32) % values_per_lane];
-    } else {
-        Values across;
-#pragma unroll
-        for (int k = 0; k < values_per_lane; ++k) across[k] = __shfl_xor_sync(all_lanes, values[k], 16);
-        constexpr int near = half / 32;
-#pragma unroll
-        for (int k = 0; k < values_per_lane; ++k)
-            partner[k] = lane < 16 ? across[(k + near) % values_per_lane] : across[(k + near + 1) % values_per_lane];
-    }
-#pragma unroll
-    for (int k = 0; k < values_per_lane; ++k) {
-        const float own = __fmul_rn(values[k], cos[k]), other = __fmul_rn(partner[k], sin[k]);
-        values[k] = k * 32 + lane < half ? __fsub_rn(own, other) : __fadd_rn(own, other);
+    for (int i = 0; i < 8; ++i) {
+        const float low = runs[0][i], high = runs[1][i];
+        runs[0][i] = __fsub_rn(__fmul_rn(low, turn[0][i]), __fmul_rn(high, turn[1][i]));
+        runs[1][i] = __fadd_rn(__fmul_rn(high, turn[0][i]), __fmul_rn(low, turn[1][i]));
     }
 }
 
-// The codes of a vector, and its scale and minimum as fp16 bits.
+INLINE void butterfly(float& low, float& high) {
+    const float sum = __fadd_rn(low, high);
+    high = __fsub_rn(low, high);
+    low = sum;
+}
+
+// That of formats/groups.py: blocks of powers of two, largest first, butterflies from distance 1 upwards, the factor last.
+// 96 channels are a block of 64 and one of 32.
+INLINE void hadamard(Runs& runs, const Place& place) {
+    constexpr int block = even_lanes ? head_dim : 64;
+    constexpr float factor_32 = 0.17677669529663687f;
+    constexpr float factor = block == 64 ? 0.125f : block == 128 ? 0.08838834764831845f : 0.0625f;
+#pragma unroll
+    for (int distance = 1; distance < 8; distance *= 2)
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+            if (!(i & distance)) butterfly(runs[0][i], runs[0][i + distance]), butterfly(runs[1][i], runs[1][i + distance]);
+#pragma unroll
+    for (int step = 1; step < block / 8; step *= 2) {  // run number r of a head meets number r ^ step
+        if (step == lanes) {
+#pragma unroll
+            for (int i = 0; i < 8; ++i) butterfly(runs[0][i], runs[1][i]);
+            continue;
+        }
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            float met[2];
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                const int other = (r * lanes + place.lane) ^ step, from = place.first + other % lanes;
+                if constexpr (even_lanes) {
+                    met[r] = __shfl_sync(all_lanes, runs[r][i], from);
+                } else {
+                    const float first = __shfl_sync(all_lanes, runs[0][i], from & 31), second = __shfl_sync(all_lanes, runs[1][i], from & 31);
+                    met[r] = other < lanes ? first : second;
+                }
+            }
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                const int number = r * lanes + place.lane;
+                if (!even_lanes && number >= 8 && step == 4) continue;  // the block of 32 has four runs
+                runs[r][i] = number & step ? __fsub_rn(met[r], runs[r][i]) : __fadd_rn(runs[r][i], met[r]);
+            }
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+#pragma unroll
+        for (int i = 0; i < 8; ++i) runs[r][i] = __fmul_rn(runs[r][i], even_lanes || r * lanes + place.lane < 8 ? factor : factor_32);
+}
+
+// The smallest and the largest channel of the head.
+INLINE void range_of(float& low, float& high, const Runs& runs, const Place& place) {
+    low = high = runs[0][0];
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+#pragma unroll
+        for (int i = 0; i < 8; ++i) low = fminf(low, runs[r][i]), high = fmaxf(high, runs[r][i]);
+    auto meet = [&](int from) {
+        low = fminf(low, __shfl_sync(all_lanes, low, from & 31));
+        high = fmaxf(high, __shfl_sync(all_lanes, high, from & 31));
+    };
+    if constexpr (even_lanes) {
+#pragma unroll
+        for (int distance = 1; distance < lanes; distance *= 2) meet(place.first + (place.lane ^ distance));
+    } else {
+        meet(place.first + (place.lane + 3) % 6);
+        meet(place.first + (place.lane + 1) % 6);
+        meet(place.first + (place.lane + 1) % 6);
+    }
+}
+
+// Codes of a lane's runs, and the head's scale and minimum as fp16 bits.
 struct Encoded {
-    uint32 codes[values_per_lane];
+    uint32 codes[2][8];
     uint16 scale, minimum;
 };
 
-INLINE Encoded encode(const Values& values) {
+INLINE Encoded encode(const Runs& runs, const Place& place) {
     Encoded encoded;
-    float low = values[0], high = values[0];
-#pragma unroll
-    for (int k = 1; k < values_per_lane; ++k) low = fminf(low, values[k]), high = fmaxf(high, values[k]);
-    if constexpr (element != BF16)
-        for (int distance = 16; distance; distance /= 2) {
-            low = fminf(low, __shfl_xor_sync(all_lanes, low, distance));
-            high = fmaxf(high, __shfl_xor_sync(all_lanes, high, distance));
-        }
-    if constexpr (element == BF16) {
-#pragma unroll
-        for (int k = 0; k < values_per_lane; ++k) encoded.codes[k] = from_float<bf16>(values[k]).bits;
-    } else if constexpr (element == FP8) {
-        constexpr float largest = 448.0f, share = static_cast<float>(1.0 / 448.0);
-        encoded.scale = float_to_half(__fmul_rn(fmaxf(-low, high), share));
-        const float inverse = reciprocal_or_zero(half_to_float(encoded.scale));
-#pragma unroll
-        for (int k = 0; k < values_per_lane; ++k) {
-            const float ratio = __fmul_rn(values[k], inverse);
-            encoded.codes[k] = e4m3_code(fminf(fabsf(ratio), largest)) | (__float_as_uint(ratio) >> 31 << 7);
-        }
-    } else {
-        constexpr float levels = element == INT4 ? 15.0f : 255.0f;
+    float low, high;
+    if constexpr (element != BF16) range_of(low, high, runs, place);
+    float minimum = 0.0f, inverse = 1.0f;
+    if constexpr (element == FP8) {
+        encoded.scale = float_to_half(__fmul_rn(fmaxf(-low, high), static_cast<float>(1.0 / 448.0)));
+        inverse = reciprocal_or_zero(half_to_float(encoded.scale));
+    } else if constexpr (element != BF16) {
         encoded.minimum = float_to_half(low);
-        const float minimum = half_to_float(encoded.minimum);
-        encoded.scale = float_to_half(__fdiv_rn(__fsub_rn(high, minimum), levels));
-        const float inverse = reciprocal_or_zero(half_to_float(encoded.scale));
-#pragma unroll
-        for (int k = 0; k < values_per_lane; ++k) {
-            const float ratio = __fmul_rn(__fsub_rn(values[k], minimum), inverse);
-            encoded.codes[k] = __float2int_rn(fminf(fmaxf(ratio, 0.0f), levels));
-        }
+        minimum = half_to_float(encoded.minimum);
+        encoded.scale = float_to_half(__fdiv_rn(__fsub_rn(high, minimum), element == INT4 ? 15.0f : 255.0f));
+        inverse = reciprocal_or_zero(half_to_float(encoded.scale));
     }
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            if constexpr (element == BF16) {
+                encoded.codes[r][i] = from_float<bf16>(runs[r][i]).bits;
+            } else if constexpr (element == FP8) {
+                const float ratio = __fmul_rn(runs[r][i], inverse);
+                encoded.codes[r][i] = e4m3_code(fminf(fabsf(ratio), 448.0f)) | (__float_as_uint(ratio) >> 31 << 7);
+            } else {
+                const float ratio = __fmul_rn(__fsub_rn(runs[r][i], minimum), inverse);
+                encoded.codes[r][i] = __float2int_rn(fminf(fmaxf(ratio, 0.0f), element == INT4 ? 15.0f : 255.0f));
+            }
+        }
     return encoded;
 }
 
-// Neighbouring lanes put their codes together to words; each of them stores every word_channels-th.
-INLINE void store(uint8* page, int offset, bool is_value, const Encoded& encoded) {
-    const int lane = threadIdx.x % 32, place = lane % word_channels;
+INLINE void store(uint8* page, int offset, bool is_value, const Encoded& encoded, const Place& place) {
     uint8* row = page + (is_value ? page_tokens + offset : offset) * row_bytes;
+    struct alignas(code_bits) Packed {
+        uint32 words[code_bits / 4];
+    };
 #pragma unroll
-    for (int k = 0; k < values_per_lane; ++k) {
-        uint32 word = encoded.codes[k] << (place * code_bits);
+    for (int r = 0; r < 2; ++r) {
+        Packed packed = {};
 #pragma unroll
-        for (int distance = 1; distance < word_channels; distance *= 2) word |= __shfl_xor_sync(all_lanes, word, distance);
-        if (place == k % word_channels) *reinterpret_cast<uint32*>(row + (k * 32 + lane - place) * code_bits / 8) = word;
+        for (int i = 0; i < 8; ++i) packed.words[i / word_channels] |= encoded.codes[r][i] << (i % word_channels * code_bits);
+        *reinterpret_cast<Packed*>(row + (r * lanes + place.lane) * code_bits) = packed;
     }
-    if constexpr (number_bytes > 0) {
-        uint16* numbers = reinterpret_cast<uint16*>(page + 2 * page_tokens * row_bytes + offset * number_bytes) + is_value * (number_bytes / 4);
-        if (lane == 0) numbers[0] = encoded.scale;
-        if (number_bytes == 8 && lane == 1) numbers[1] = encoded.minimum;
-    }
+    if (number_bytes == 0 || place.lane != 0) return;
+    uint8* numbers = page + 2 * page_tokens * row_bytes + offset * number_bytes + is_value * (number_bytes / 2);
+    if (number_bytes == 8) *reinterpret_cast<uint32*>(numbers) = encoded.scale | static_cast<uint32>(encoded.minimum) << 16;
+    else *reinterpret_cast<uint16*>(numbers) = encoded.scale;
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
 append_kv(uint8* pool, const Input* query, const Input* key, const Input* value, const float* cos, const float* sin,
           const long long* slots, Input* rotated, int heads, int kv_heads, int query_stride, int key_stride, int value_stride) {
+    const Place place = {static_cast<int>(threadIdx.x % 32 % lanes), static_cast<int>(threadIdx.x % 32 / lanes * lanes)};
+    const int all = heads + 2 * kv_heads, number = (blockIdx.y * warps + threadIdx.x / 32) * heads_of_warp + threadIdx.x % 32 / lanes;
+    const bool exists = number < all && threadIdx.x % 32 < heads_of_warp * lanes;
+    const int vector = exists ? number : all - 1;  // lanes without a head of their own stay with the warp
+    const bool is_query = vector < heads, is_value = vector >= heads + kv_heads;
     allow_next_kernel();
     wait_for_previous_kernel();
+
     const long long token = blockIdx.x, slot = slots[token];
-    const int first = (blockIdx.y * warps + threadIdx.x / 32) * vectors, lane = threadIdx.x % 32, all = heads + 2 * kv_heads;
-    if (first >= all) return;
-    Values values[vectors], cosine, sine;
+    const int head = is_query ? vector : (vector - heads) % kv_heads;
+    const Input* from = (is_query ? query + token * query_stride : is_value ? value + token * value_stride : key + token * key_stride) + head * head_dim;
+    Runs runs, turn;
 #pragma unroll
-    for (int v = 0; v < vectors; ++v) {
-        const int vector = min(first + v, all - 1);
-        const Input* from = vector < heads ? query + token * query_stride + vector * head_dim
-                            : vector < heads + kv_heads ? key + token * key_stride + (vector - heads) * head_dim
-                                                        : value + token * value_stride + (vector - heads - kv_heads) * head_dim;
+    for (int r = 0; r < 2; ++r) {
+        const Eight eight = *reinterpret_cast<const Eight*>(from + r * half + place.lane * 8);
+        const float* table = (r ? sin : cos) + token * half + place.lane * 8;
 #pragma unroll
-        for (int k = 0; k < values_per_lane; ++k) values[v][k] = to_float(from[k * 32 + lane]);
-    }
+        for (int i = 0; i < 8; ++i) runs[r][i] = to_float(eight.values[i]);
 #pragma unroll
-    for (int k = 0; k < values_per_lane; ++k) {
-        const int pair = k * 32 + lane < half ? k * 32 + lane : k * 32 + lane - half;
-        cosine[k] = cos[token * half + pair];
-        sine[k] = sin[token * half + pair];
-    }
-    uint8* page = pool + slot / page_tokens * kv_heads * page_bytes;
-    const int offset = static_cast<int>(slot % page_tokens);
-#pragma unroll
-    for (int v = 0; v < vectors; ++v) {
-        const int vector = first + v;
-        const bool is_query = vector < heads, is_value = vector >= heads + kv_heads;
-        if (vector >= all || (!is_query && slot < 0)) return;
-        if (is_query || (rotates_keys && !is_value)) rotate(values[v], cosine, sine);
-        if (has_hadamard && !is_value) hadamard<head_dim>(values[v]);
-        if (is_query) {
-            Input* to = rotated + (token * heads + vector) * head_dim;
-#pragma unroll
-            for (int k = 0; k < values_per_lane; ++k) to[k * 32 + lane] = from_float<Input>(values[v][k]);
-        } else {
-            store(page + (vector - heads) % kv_heads * page_bytes, offset, is_value, encode(values[v]));
+        for (int i = 0; i < 8; i += 4) {
+            const float4 four = *reinterpret_cast<const float4*>(table + i);
+            turn[r][i] = four.x, turn[r][i + 1] = four.y, turn[r][i + 2] = four.z, turn[r][i + 3] = four.w;
         }
+    }
+    if (is_query || (rotates_keys && !is_value)) rotate(runs, turn);
+    if (has_hadamard) {
+        Runs transformed;
+#pragma unroll
+        for (int i = 0; i < 16; ++i) transformed[i / 8][i % 8] = runs[i / 8][i % 8];
+        hadamard(transformed, place);  // by all lanes of the warp, which may hold values too
+#pragma unroll
+        for (int i = 0; i < 16; ++i)
+            if (!is_value) runs[i / 8][i % 8] = transformed[i / 8][i % 8];
+    }
+    const Encoded encoded = encode(runs, place);
+    if (!exists) return;
+    if (is_query) {
+        Input* to = rotated + (token * heads + head) * head_dim;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            Eight eight;
+#pragma unroll
+            for (int i = 0; i < 8; ++i) eight.values[i] = from_float<Input>(runs[r][i]);
+            *reinterpret_cast<Eight*>(to + r * half + place.lane * 8) = eight;
+        }
+    } else if (slot >= 0) {
+        store(pool + (slot / page_tokens * kv_heads + head) * page_bytes, static_cast<int>(slot % page_tokens), is_value, encoded, place);
     }
 }

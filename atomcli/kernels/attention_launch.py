@@ -29,7 +29,6 @@ IN_FLIGHT = 64 << 10
 LONGEST_PART = 8192  # tokens of a sequence for one block
 MOST_PARTS = 128  # of a sequence
 LEAST_CHUNKS = 1  # of a warp
-FEW_TOKENS = 256  # up to this many, a warp appends one head
 NO_WINDOW = (1 << 31) - 1
 LOG2_E = 1.4426950408889634
 
@@ -202,7 +201,7 @@ def plan_prefill(fmt: PageFormat, dtype: torch.dtype, shared_limit: int, biases:
         "QUERY_TILES": tiles,
         "CHUNK": chunk,
         "STEP": 16,
-        "UNROLL": 4,
+        "UNROLL": 4 if fmt.head_dim <= 128 else 1,
         "WARPS": WARPS,
         "STAGES": stages,
         "BLOCKS_PER_SM": 2,
@@ -231,10 +230,8 @@ def launch_prefill(
 # ----------------------------------------------------------------------------------------------- append
 
 
-def append_defines(
-    fmt: PageFormat, dtype: torch.dtype, hadamard: bool, rotate_keys: bool, vectors: int = 1
-) -> dict[str, int | str]:
-    """What is compiled into the append kernel, whose warps take `vectors` heads of a token each."""
+def append_defines(fmt: PageFormat, dtype: torch.dtype, hadamard: bool, rotate_keys: bool) -> dict[str, int | str]:
+    """What is compiled into the append kernel."""
     return {
         "ELEMENT": fmt.element.upper(),
         "HEAD_DIM": fmt.head_dim,
@@ -243,7 +240,6 @@ def append_defines(
         "HADAMARD": int(hadamard),
         "ROTATE_KEYS": int(rotate_keys),
         "WARPS": WARPS,
-        "VECTORS": vectors,
     }
 
 
@@ -251,12 +247,11 @@ def launch_append(
     load: Loader, pool: Tensor, fmt: PageFormat, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor,
     slots: Tensor, hadamard: bool, rotate_keys: bool, rotated: Tensor,
 ) -> None:  # fmt: skip
-    """Enqueue the append kernel: a warp for each head of a few tokens, or for several heads of many."""
-    (tokens, heads, _), kv_heads = query.shape, pool.shape[1]
+    """Enqueue the append kernel: head_dim / 16 lanes for each head of each token."""
+    (tokens, heads, head_dim), kv_heads = query.shape, pool.shape[1]
     query, key, value = (_dense_heads(x) for x in (query, key, value))
-    vectors = 1 if tokens <= FEW_TOKENS else 4 if fmt.head_dim <= 128 else 2
-    grid = (tokens, -(-(heads + 2 * kv_heads) // (WARPS * vectors)))
-    load(APPEND, append_defines(fmt, query.dtype, hadamard, rotate_keys, vectors), 0).launch(
+    grid = (tokens, -(-(heads + 2 * kv_heads) // (WARPS * (512 // head_dim))))
+    load(APPEND, append_defines(fmt, query.dtype, hadamard, rotate_keys), 0).launch(
         grid, WARPS * 32, pool, query, key, value, cos, sin, slots, rotated,
         heads, kv_heads, query.stride(0), key.stride(0), value.stride(0), overlap=True,
     )  # fmt: skip

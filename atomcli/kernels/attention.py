@@ -135,9 +135,13 @@ def why_not(
     device: torch.device | str,
     dtype: torch.dtype = torch.bfloat16,
     keys_rotated: bool = True,
+    group: int = 1,
 ) -> str | None:
-    """Why the reference attends to these pages on `device`, or None where the kernels do."""
-    return _machine_reason(torch.device(device)) or attention_launch.why_not(fmt, dtype, keys_rotated)
+    """Why the reference attends to these pages on `device`, or None where the kernels do.
+
+    group: query heads that share a KV head.
+    """
+    return _machine_reason(torch.device(device)) or attention_launch.why_not(fmt, dtype, keys_rotated, group)
 
 
 def _check(query: Tensor, pool: Tensor, fmt: PageFormat) -> None:
@@ -210,7 +214,7 @@ def _decode(
     fmt, device = _format(element, query.shape[2], page), query.device
     if not len(query):
         return
-    if why_not(fmt, device, query.dtype, keys_rotated) is None:
+    if why_not(fmt, device, query.dtype, keys_rotated, query.shape[1] // pool.shape[1]) is None:
         attention_launch.launch_decode(
             attention_launch.load_on(device), query, pool, fmt, page_table, lengths, scaling, window,
             attention_launch.Biases(key_bias, value_bias, cos, sin, hadamard), out,
@@ -234,7 +238,7 @@ def _prefill(
     fmt, device = _format(element, query.shape[2], page), query.device
     if not len(query):
         return
-    if why_not(fmt, device, query.dtype, keys_rotated) is None:
+    if why_not(fmt, device, query.dtype, keys_rotated, query.shape[1] // pool.shape[1]) is None:
         attention_launch.launch_prefill(
             attention_launch.load_on(device), query, pool, fmt, page_table, query_starts, lengths, scaling, window,
             attention_launch.Biases(key_bias, value_bias, cos, sin, hadamard), out,

@@ -30,6 +30,7 @@ LONGEST_PART = 8192  # tokens of a sequence for one block
 MOST_PARTS = 128  # of a sequence
 LEAST_CHUNKS = 1  # of a warp
 NO_WINDOW = (1 << 31) - 1
+MOST_SHARING = WARPS * 8  # query heads of a KV head: the columns of the narrowest prefill kernel
 LOG2_E = 1.4426950408889634
 
 
@@ -49,7 +50,7 @@ class Loader(Protocol):
     def __call__(self, name: str, defines: dict[str, int | str], shared_bytes: int) -> Launchable: ...
 
 
-def why_not(fmt: PageFormat, dtype: torch.dtype, keys_rotated: bool = True) -> str | None:
+def why_not(fmt: PageFormat, dtype: torch.dtype, keys_rotated: bool = True, group: int = 1) -> str | None:
     """Why no kernel serves these pages and queries, or None where one does."""
     if fmt.head_dim not in HEAD_DIMS:
         return f"the kernels are built for a head_dim of {', '.join(map(str, HEAD_DIMS))}, not of {fmt.head_dim}"
@@ -57,6 +58,8 @@ def why_not(fmt: PageFormat, dtype: torch.dtype, keys_rotated: bool = True) -> s
         return f"the kernels read bfloat16 or float16 queries, not {dtype}"
     if not keys_rotated:
         return "keys stored before RoPE are rotated by the reference alone"
+    if group > MOST_SHARING:
+        return f"at most {MOST_SHARING} query heads can share a KV head, not {group}"
     return None
 
 
@@ -107,7 +110,7 @@ def plan_decode(
     """
     tiles = 2 if group > 8 and fmt.head_dim <= 128 else 1
     chunk = 32 if fmt.code_bytes <= 64 else 16
-    blocks = 4 if tiles == 1 and fmt.head_dim <= 128 else 2
+    blocks = 2 if tiles == 2 or fmt.head_dim > 128 else 4 if biases.key is None else 3
     columns = 8 * tiles
     queries = columns * fmt.head_dim * 2
     if biases.key is not None:
@@ -183,8 +186,8 @@ class PrefillPlan(NamedTuple):
 
 
 def plan_prefill(fmt: PageFormat, dtype: torch.dtype, shared_limit: int, biases: Biases = NO_BIASES) -> PrefillPlan:
-    """The kernel whose warps have 16 columns each, over a ring of three chunks."""
-    tiles = 2
+    """The kernel whose warps have 16 columns each, or 8 of 256 channels, over a ring of three chunks."""
+    tiles = 2 if fmt.head_dim <= 128 else 1
     chunk = 64 if fmt.code_bytes <= 64 else 32 if fmt.code_bytes <= 256 else 16
     columns = WARPS * 8 * tiles
     queries = columns * (fmt.head_dim * 2 + 8)

@@ -14,7 +14,7 @@ from atomcli.errors import RunError, UsageError
 # A peer's name -> what `pip install` gets in an environment of its own; lm-eval is for the zero-shot tasks.
 INSTALL = {
     "llmcompressor": "llmcompressor==0.14.0.1 lm-eval",
-    "auto-round": "auto-round==0.15.1 lm-eval",
+    "auto-round": "auto-round==0.15.1 compressed-tensors lm-eval",
     "gptqmodel": "--no-build-isolation gptqmodel==7.6.0 lm-eval",
 }
 _PACKAGE = Path(__file__).resolve().parents[1]

@@ -6,7 +6,7 @@ from typing import Any
 from auto_round import AutoRound
 from transformers import AutoModelForCausalLM
 
-from atomcli.benchmarks.drivers.run import parent_model, run, tokenizer
+from atomcli.benchmarks.drivers.run import compressed_tensors_model, parent_model, run, tokenizer
 from atomcli.benchmarks.scores import Job
 
 ITERATIONS = {"": 200, "light": 50, "rtn": 0}  # its default, its light recipe, and no tuning at all
@@ -34,11 +34,16 @@ def quantize(job: Job, out: Path) -> dict[str, Any]:
         **options,
     )
     rounder.quantize_and_save(str(out), format=FORMATS[name])
+    (config,) = out.rglob("config.json")  # it may put a directory of the model's name in between
+    for path in [*config.parent.iterdir()] if config.parent != out else []:
+        path.rename(out / path.name)
     return {"activations": ACTIVATIONS[name], "iterations": ITERATIONS[effort]}
 
 
 def load(job: Job) -> Any:
-    """The checkpoint through transformers."""
+    """The checkpoint through transformers, with auto-round's own linears or compressed-tensors'."""
+    if FORMATS[job.method.rpartition("-")[2]] == "llm_compressor":
+        return compressed_tensors_model(job.checkpoint)
     import auto_round.inference  # noqa: F401  registers its format
 
     return AutoModelForCausalLM.from_pretrained(job.checkpoint, dtype="auto", device_map=job.device)

@@ -14,9 +14,8 @@ from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform import QuIPModifier, SpinQuantModifier
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-from atomcli.benchmarks.drivers.run import parent_model, run, tokenizer
+from atomcli.benchmarks.drivers.run import compressed_tensors_model, parent_model, run, tokenizer
 from atomcli.benchmarks.scores import Job
 
 # Sizes that are no power of two have Hadamard matrices only in the random family (576 = 16 × 36).
@@ -55,12 +54,8 @@ def quantize(job: Job, out: Path) -> dict[str, Any]:
 
 
 def load(job: Job) -> Any:
-    """The checkpoint through transformers, whose compressed-tensors integration quantizes the activations.
-
-    Weights are unpacked at once: left to itself it does so in the causal model's forward, which `base_model` goes past.
-    """
-    config = CompressedTensorsConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(job.checkpoint, dtype="auto", quantization_config=config)
+    """The checkpoint through transformers, and the rotations that it leaves out."""
+    model = compressed_tensors_model(job.checkpoint)
     _rotate_at_run_time(model, job.checkpoint)
     return model
 

@@ -45,6 +45,17 @@ def parent_model(job: Job) -> Any:
     return AutoModelForCausalLM.from_pretrained(job.parent, dtype="auto").eval()
 
 
+def compressed_tensors_model(checkpoint: Path) -> Any:
+    """A compressed-tensors checkpoint through transformers, whose integration simulates the activation quantization.
+
+    Weights are unpacked at once: left to itself it does so in the causal model's forward, which `base_model` goes past.
+    """
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+    config = CompressedTensorsConfig(dequantize=True)
+    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto", quantization_config=config)
+
+
 def tokenizer(job: Job) -> Any:
     """The parent's tokenizer."""
     from transformers import AutoTokenizer

@@ -50,7 +50,8 @@ def check_destination(repository: str) -> None:
 def push(path: Path, repository: str, bars: bool = False) -> str:
     """Upload a directory, or one file, to OWNER/NAME, which is made (private) when it isn't there; returns its page.
 
-    `bars` lets the Hub's client draw its own progress on stderr. Raises InputError and RunError as `check_destination` does. What was made stays where it is.
+    `bars` lets the Hub's client draw its own progress on stderr. Raises InputError and RunError as `check_destination`
+    does. What was made stays where it is.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars

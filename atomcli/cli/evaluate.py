@@ -1,6 +1,7 @@
 """`atom eval`: how good a checkpoint is, alone or beside its parent, and gates on it for CI."""
 
 import math
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -110,6 +111,7 @@ def kld(
     window_length: WindowLength = 2048,
     max_ratio: MaxRatio = None,
     max_kld: MaxKLD = None,
+    card: Annotated[bool, typer.Option("--card", help="Write the result into the checkpoint's model card.")] = False,
     device: Device = None,
 ) -> None:
     """KL divergence from the parent.
@@ -158,6 +160,11 @@ def kld(
         "",
         _side_by_side(columns, _KLD_LINES),
     )
+    if card:
+        from atomcli.checkpoint.record import record_divergence
+
+        record_divergence(Path(checkpoint).expanduser(), text.name, row)
+        console.note(f"written into {Path(checkpoint) / 'README.md'}")
     gates.check_gates(result.perplexity_ratio, max_ratio, result.mean_kld, max_kld)
 
 

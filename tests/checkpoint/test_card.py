@@ -8,6 +8,7 @@ from huggingface_hub import ModelCard
 
 from atomcli.checkpoint.card import CARD, base_model
 from atomcli.checkpoint.manifest import read_manifest, read_report
+from atomcli.checkpoint.record import record_divergence
 from atomcli.checkpoint.source import open_source
 from atomcli.checkpoint.verify import verify_checkpoint
 from atomcli.errors import InputError
@@ -53,3 +54,21 @@ def test_only_what_is_on_the_hub_is_a_base_model(tmp_path, monkeypatch):
     (tmp_path / "models" / "mine").mkdir(parents=True)
     for name in ("models/mine", "./models/mine", "/data/model", "model.gguf", "a/b/c"):
         assert base_model(name) is None
+
+
+def test_what_is_measured_later_goes_into_the_card_and_under_the_manifest(made, tmp_path):
+    row = {
+        "mean_kld": 0.25, "mean_kld_standard_error": 0.01, "top1_agreement": 0.9, "token_perplexity": 22.0,
+        "parent_token_perplexity": 20.0, "perplexity_ratio": 1.1, "perplexity_ratio_standard_error": None,
+        "windows": 20, "window_length": 2048,
+    }  # fmt: skip
+    copy = shutil.copytree(made, tmp_path / "copy")
+    for kld in (0.5, 0.25):
+        record_divergence(copy, "held-out text", row | {"mean_kld": kld})
+        verify_checkpoint(copy)
+    card = ModelCard.load(copy / CARD)
+    assert card.text.count("## Measured") == 1
+    assert "0.2500 ± 0.0100" in card.text
+    assert "20 windows of 2048 tokens" in card.text
+    assert card.text.index("## Measured") < card.text.index("## Use")
+    assert "0.5000" not in card.text

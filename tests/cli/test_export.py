@@ -79,3 +79,10 @@ def test_pushed_when_it_is_finished(atom, hub, plain, tiny_model, plain_options,
     assert outcome.code == 2
     assert "is on the Hub already" in outcome.err
     assert not (tmp_path / "more").exists()
+
+
+def test_eval_writes_into_the_card_and_the_checkpoint_stays_whole(atom, plain, tiny_model, text_file):
+    measure = ["--data", text_file, "--window-length", 64, "--windows", 2]
+    assert atom("eval", "kld", plain, "--against", tiny_model, *measure, "--card").code == 0
+    assert "## Measured" in (plain / "README.md").read_text()
+    assert atom("inspect", plain, "--verify").code == 0

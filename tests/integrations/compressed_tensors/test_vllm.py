@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 # What vLLM has CPU kernels for, in which dtype, and how far a log-probability may be off: its INT4 product is one in
 # bfloat16, and INT8 codes may round otherwise.
-SCHEMES = {"w4a16-plain": (torch.bfloat16, 0.06), "w8a8": (torch.float32, 0.02)}
+SCHEMES = {"w4a16-plain": (torch.bfloat16, 0.06), "w8a8": (torch.float32, 0.15)}
 PROMPTS = [[1, 5, 9, 40, 22], [7, 3], [3, 14, 15, 92, 65, 35, 89, 79] * 3]
 TOKENS = 4
 

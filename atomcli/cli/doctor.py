@@ -34,14 +34,16 @@ def doctor() -> None:
     for finding in findings:
         table.add(finding.state, finding.what, finding.found)
     broken = [finding.what for finding in findings if finding.state == "broken"]
-    command = None if broken else _first_command()
-    document = {"findings": [asdict(finding) for finding in findings], "usable": not broken, "next": command}
+    first = None if broken else _first_command()
+    document = {"findings": [asdict(finding) for finding in findings], "usable": not broken, "next": first}
     console.result(document, table)
-    if command is not None:
-        console.note(f"next: {command}")
+    if first is not None:
+        console.note(f"next: {first}")
     if broken:
         old = " ".join(f"'{name}>={_written(_REQUIRED[name])}'" for name in broken if name in _REQUIRED)
-        console.error(f"Atom does not run here: {', '.join(broken)}", f"Upgrade with `pip install {old}`" if old else None)
+        console.error(
+            f"Atom does not run here: {', '.join(broken)}", f"Upgrade with `pip install {old}`" if old else None
+        )
         raise typer.Exit(1)
 
 

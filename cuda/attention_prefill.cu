@@ -12,7 +12,7 @@ constexpr int warps = WARPS;
 constexpr int threads = warps * 32;
 constexpr int stages = STAGES;
 constexpr int chunk_tokens = CHUNK;
-constexpr int step_tokens = STEP;  // worked on at a time
+constexpr int step_tokens = 16;  // worked on at a time
 constexpr int token_tiles = step_tokens / 16;
 constexpr int codes_bytes = chunk_tokens * row_bytes;
 constexpr int stage_bytes = 2 * codes_bytes + chunk_tokens * number_bytes;
@@ -275,7 +275,7 @@ attention_prefill(const Query* query, const uint8* pool, const int* page_table, 
         copy_chunk(ring + free_stage * stage_bytes, pool, pages, page_stride, chunk + stages - 1, range);
         const uint8* here = ring + stage * stage_bytes;
         if constexpr (has_bias) bias.turn(chunk * chunk_tokens);
-#pragma unroll UNROLL
+#pragma unroll 1
         for (int step = 0; step < chunk_tokens; step += step_tokens) {
             const int first_token = chunk * chunk_tokens + step;
             if (first_token > own_top || first_token + step_tokens - 1 <= own_lowest - window) continue;

@@ -186,16 +186,17 @@ class PrefillPlan(NamedTuple):
 
 
 def plan_prefill(fmt: PageFormat, dtype: torch.dtype, shared_limit: int, biases: Biases = NO_BIASES) -> PrefillPlan:
-    """The kernel whose warps have 16 columns each, or 8 of 256 channels, over a ring of three chunks."""
-    tiles = 2 if fmt.head_dim <= 128 else 1
+    """The kernel whose warps have as many columns as their registers hold the sums of, over a ring of chunks."""
+    tiles = 1 if fmt.head_dim > 128 else 2 if biases.key is not None else 3 if fmt.element == "bf16" else 4
     chunk = 64 if fmt.code_bytes <= 64 else 32 if fmt.code_bytes <= 256 else 16
-    columns = WARPS * 8 * tiles
-    queries = columns * (fmt.head_dim * 2 + 8)
-    if biases.key is not None:
-        queries += 2 * fmt.head_dim * (3 * columns + chunk)
-    stages = 3
-    while stages > 2 and queries + stages * chunk * fmt.bytes_per_token > shared_limit:
-        stages -= 1
+    columns, stages = WARPS * 8 * tiles, 3
+
+    def shared() -> int:
+        bias = 0 if biases.key is None else 2 * fmt.head_dim * (3 * columns + chunk)
+        return columns * (fmt.head_dim * 2 + 8) + bias + stages * chunk * fmt.bytes_per_token
+
+    while shared() > shared_limit:
+        stages, chunk = (stages - 1, chunk) if stages > 2 else (stages, chunk // 2)
     defines: dict[str, int | str] = {
         "ELEMENT": fmt.element.upper(),
         "HEAD_DIM": fmt.head_dim,
@@ -203,14 +204,12 @@ def plan_prefill(fmt: PageFormat, dtype: torch.dtype, shared_limit: int, biases:
         "QUERY": QUERIES[dtype],
         "QUERY_TILES": tiles,
         "CHUNK": chunk,
-        "STEP": 16,
-        "UNROLL": 4 if fmt.head_dim <= 128 else 1,
         "WARPS": WARPS,
         "STAGES": stages,
         "BLOCKS_PER_SM": 2,
         **biases.defines,
     }
-    return PrefillPlan(defines, columns, queries + stages * chunk * fmt.bytes_per_token)
+    return PrefillPlan(defines, columns, shared())
 
 
 def launch_prefill(

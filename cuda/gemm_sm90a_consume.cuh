@@ -10,7 +10,7 @@ struct Consumer {
     const Place place;
     const Ring ring;
     int4* exchange;    // sums of the other K groups
-    uint8* staging;    // this warp's output on its way from registers to memory
+    uint8* staging;    // two buffers of this warpgroup's output on its way from registers to memory
     const int group, row_group, k_group, thread, warp, lane;
     RingPosition at;
 
@@ -20,7 +20,7 @@ struct Consumer {
         : problem(problem), place(place), ring(ring), exchange(reinterpret_cast<int4*>(shared)), group(group),
           row_group(group % ROW_GROUPS), k_group(group / ROW_GROUPS), thread(threadIdx.x % WARPGROUP),
           warp(thread / 32), lane(thread % 32) {
-        staging = shared + EXCHANGE_BYTES + (row_group * 4 + warp) * STORE_TOKENS * STORE_PITCH;
+        staging = shared + EXCHANGE_BYTES + row_group * 2 * STORE_TOKENS * STORE_PITCH;
     }
 
     INLINE void multiply(Sums& sums, WeightFragment& fragment, int block) {
@@ -110,7 +110,7 @@ struct Consumer {
     // The outlier MMAs of the next tokens run while those of these are scaled.
     template <bool OUTLIERS> INLINE void finish(const Sums& sums, const Segment& segment) {
         const Corner corner = place.corner(segment.tile);
-        const int first_row = (corner.row_group + row_group) * BLOCK_ROWS + warp * 16;
+        const int first_row = (corner.row_group + row_group) * BLOCK_ROWS;
         WeightFragment outlier_fragment;
         if (OUTLIERS) {
             ring.wait_full(at);
@@ -124,8 +124,7 @@ struct Consumer {
             const int row = warp * 16 + lane / 4 + 8 * half;
             row_scale[half] = ring.scales(at.stage, ROW)[row_group * BLOCK_ROWS + row];
             if (OUTLIERS) outlier_row_scale[half] = ring.scales(at.stage, OUTLIER_ROW)[row_group * BLOCK_ROWS + row];
-            const bool biased = problem.bias && first_row + lane / 4 + 8 * half < problem.rows;
-            bias[half] = biased ? problem.bias[first_row + lane / 4 + 8 * half] : 0.f;
+            bias[half] = problem.bias && first_row + row < problem.rows ? problem.bias[first_row + row] : 0.f;
         }
         int outlier_sums[2][STORE_TOKENS / 2];
         if (OUTLIERS) multiply_outliers(outlier_sums[0], outlier_fragment, 0);
@@ -138,6 +137,7 @@ struct Consumer {
             } else if (OUTLIERS) {
                 mma_wait_for<0>(outliers);
             }
+            uint8* buffer = staging + chunk / STORE_TOKENS % 2 * STORE_TOKENS * STORE_PITCH;
             constexpr int TOGETHER = min_of(STORE_TOKENS / 8, 2);  // 8x8 column groups of one stmatrix
 #pragma unroll
             for (int column = 0; column < STORE_TOKENS / 8; column += TOGETHER) {
@@ -161,11 +161,12 @@ struct Consumer {
                         matrix[2 * i + half] = OUTPUT::pack(low, high);
                     }
                 }
-                store_matrices(staging + ((column + lane / 16 % TOGETHER) * 8 + lane % 8) * STORE_PITCH + lane / 8 % 2 * 16, matrix);
+                const int token = (column + lane / 16 % TOGETHER) * 8 + lane % 8;
+                store_matrices(buffer + token * STORE_PITCH + warp * 32 + lane / 8 % 2 * 16, matrix);
             }
-            __syncwarp();
-            store_rows(first_row, corner.token + chunk, corner);
-            __syncwarp();
+            // Who is past this barrier has stored the chunk before: its buffer is free for the one after.
+            named_barrier_sync(STORE_BARRIER + row_group, WARPGROUP);
+            store_rows(buffer, first_row, corner.token + chunk, corner);
         }
         pass_stage();
     }
@@ -184,17 +185,17 @@ struct Consumer {
         at.advance();
     }
 
-    // This warp's 16 channels of STORE_TOKENS tokens: two lanes to a token, 16 bytes each.
-    INLINE void store_rows(int first_row, int first_token, const Corner& corner) const {
-        const int row = first_row + lane % 2 * 8;
+    // The warpgroup's 64 channels of STORE_TOKENS tokens: eight lanes to a token, 16 bytes each, whole lines of 128.
+    INLINE void store_rows(const uint8* buffer, int first_row, int first_token, const Corner& corner) const {
+        const int local = warp * 4 + lane / 8, row = first_row + lane % 8 * 8;
         const int channels = min(8, problem.rows - row);
-        const uint8* source = staging + lane / 2 * STORE_PITCH + lane % 2 * 16;
-        uint16* destination = problem.output + static_cast<long long>(first_token + lane / 2) * problem.rows + row;
-        const int rest = channels > 0 ? corner.last_token - first_token - lane / 2 : 0;
-        const int others = EXPERTS ? corner.first_token - first_token - lane / 2 : 0;
+        const uint8* source = buffer + local * STORE_PITCH + lane % 8 * 16;
+        uint16* destination = problem.output + static_cast<long long>(first_token + local) * problem.rows + row;
+        const int rest = channels > 0 ? corner.last_token - first_token - local : 0;
+        const int others = EXPERTS ? corner.first_token - first_token - local : 0;
 #pragma unroll
         for (int i = 0; i < STORE_TOKENS; i += 16, source += 16 * STORE_PITCH, destination += 16 * problem.rows) {
-            if (i < others || i >= rest || STORE_TOKENS < 16 && lane / 2 >= STORE_TOKENS) continue;
+            if (i < others || i >= rest || STORE_TOKENS < 16 && local >= STORE_TOKENS) continue;
             if (problem.rows % 8 == 0) {
                 *reinterpret_cast<uint4*>(destination) = *reinterpret_cast<const uint4*>(source);
             } else {

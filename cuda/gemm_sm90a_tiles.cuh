@@ -25,8 +25,9 @@ static_assert(ROW_GROUPS * INT8_BLOCK_BYTES <= STAGE_BYTES, "a stage must hold t
 constexpr int EXCHANGE_BYTES = (K_GROUPS - 1) * ROW_GROUPS * BLOCK_ROWS * TOKENS * 4;
 // Tokens that are finished together: of the outlier MMA, whose two accumulators must fit beside the body's, and of the store.
 constexpr int STORE_TOKENS = min_of(TOKENS, ROOMY && CLUSTER == 1 ? 32 : 16);
-constexpr int STORE_PITCH = 48;  // 16 channels are 32 bytes; 48 keep stmatrix and the reads back free of bank conflicts
-constexpr int STORE_BYTES = ROW_GROUPS * 4 * STORE_TOKENS * STORE_PITCH;
+constexpr int STORE_PITCH = BLOCK_ROWS * 2 + 16;  // of a token's channels; 16 more keep stmatrix free of bank conflicts
+constexpr int STORE_BYTES = ROW_GROUPS * 2 * STORE_TOKENS * STORE_PITCH;
+constexpr int STORE_BARRIER = 8;  // the first of ROW_GROUPS named barriers; the exchange has those before it
 constexpr int SHARED_BYTES = 1024 + STAGES * STAGE_BYTES + EXCHANGE_BYTES + STORE_BYTES;  // 1024: to align the ring
 
 

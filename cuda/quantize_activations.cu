@@ -1,4 +1,5 @@
-// Quantizes the input of a linear layer and writes it as the operand that the GEMM reads, one CTA for TOKENS tokens.
+// Quantizes the input of a linear layer and writes it as the operand that the GEMM reads, one CTA for TOKENS tokens,
+// or a cluster of CLUSTER for one.
 //
 //   stage      the rows in shared memory, through (residual add +) RMSNorm or SiLU(gate) * up
 //   transform  gather by the layout's permutation, flip signs, Hadamard inside each block of 128 channels
@@ -13,6 +14,7 @@
 // intrinsics: a contraction to FMA would move codes.
 
 #include "chain.cuh"
+#include "cluster.cuh"
 #include "numbers.cuh"
 
 enum Prologue { PLAIN, NORM, ADD_NORM, SILU_MUL };
@@ -32,6 +34,8 @@ constexpr bool aligned = ALIGNED;        // rows, body and pointers allow 16-byt
 constexpr int group = GROUP;             // channels per scale, 16 ... 128
 constexpr int channels_per_lane = CHANNELS;
 constexpr int tokens_per_cta = TOKENS;   // 1 or 2
+constexpr int ctas_per_token = CLUSTER;  // each stages the whole row and quantizes a part of it
+constexpr int slots_per_cta = SLOTS;     // k-blocks that a CTA works on at a time; threads beyond only stage
 constexpr int blocks_per_lane = BLOCKS;  // k-blocks that a lane keeps in registers
 constexpr bool in_passes = PASSES;       // rows too long for that are transformed twice
 
@@ -75,7 +79,8 @@ constexpr int stage_width = aligned ? 16 / sizeof(Input) : 1;
 using StageChunk = Chunk<stage_width>;
 using Interleaved = Chunk<stage_width * tokens_per_cta>;
 
-__device__ __forceinline__ float silu(float gate) { return __fdiv_rn(gate, 1.0f + expf(-gate)); }
+// Within two units of fp32's last place of the exact value: far inside what rounding to 16 bits leaves of it.
+__device__ __forceinline__ float silu(float gate) { return __fdividef(gate, 1.0f + __expf(-gate)); }
 
 // Sums of each token over the CTA.
 __device__ __forceinline__ void sum_over_cta(float (&sums)[tokens_per_cta], Shared* shared) {
@@ -97,6 +102,7 @@ struct Rows {
   const Input *x, *other, *norm_weight;
   Input *residual_out, *row_out;
   int x_stride, other_stride, channels, exist;
+  bool writes;  // one CTA of a cluster puts out what the layer's input is
 };
 
 // Brings the tokens' rows into shared memory, rounded to the input's dtype wherever torch would hold them in a tensor.
@@ -122,8 +128,8 @@ __device__ __forceinline__ void stage_rows(Input* staged, Shared* shared, const 
         out.values[i] = mixed.values[i * tokens_per_cta + t] = from_float<Input>(value);
       }
       size_t offset = (size_t)t * channels + channel;
-      if (prologue == ADD_NORM && t < rows.exist) *reinterpret_cast<StageChunk*>(rows.residual_out + offset) = out;
-      if (prologue == SILU_MUL && rows.row_out && t < rows.exist) *reinterpret_cast<StageChunk*>(rows.row_out + offset) = out;
+      if (prologue == ADD_NORM && rows.writes && t < rows.exist) *reinterpret_cast<StageChunk*>(rows.residual_out + offset) = out;
+      if (prologue == SILU_MUL && rows.writes && rows.row_out && t < rows.exist) *reinterpret_cast<StageChunk*>(rows.row_out + offset) = out;
     }
     *reinterpret_cast<Interleaved*>(staged + channel * tokens_per_cta) = mixed;
   }
@@ -147,7 +153,7 @@ __device__ __forceinline__ void stage_rows(Input* staged, Shared* shared, const 
           value = unit_offset ? value * (1.0f + scale) : rounded<Input>(value) * scale;
           out.values[i] = mixed.values[i * tokens_per_cta + t] = from_float<Input>(value);
         }
-        if (rows.row_out && t < rows.exist) *reinterpret_cast<StageChunk*>(rows.row_out + (size_t)t * channels + channel) = out;
+        if (rows.row_out && rows.writes && t < rows.exist) *reinterpret_cast<StageChunk*>(rows.row_out + (size_t)t * channels + channel) = out;
       }
       *reinterpret_cast<Interleaved*>(staged + channel * tokens_per_cta) = mixed;
     }
@@ -288,7 +294,12 @@ __device__ __forceinline__ void transform(Values (&values)[tokens_per_cta], cons
 // token_scale, outlier_scale (padded_tokens,) fp32; group_scales (groups, padded_tokens) of S8, otherwise
 // (k-blocks, padded_tokens, groups of a block): as stored, fp16 or bytes, and for the e4m3 container what they are worth, fp32.
 // Tokens past `tokens` are padding rows of zeros.
-extern "C" __global__ void __launch_bounds__(THREADS)
+#if CLUSTER > 1
+#define CLUSTERED __cluster_dims__(CLUSTER, 1, 1)
+#else
+#define CLUSTERED
+#endif
+extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS)
 quantize_activations(const Input* x, const Input* other, const Input* norm_weight, const Index* table, Input* residual_out, Input* row_out,
                      unsigned char* operand, unsigned char* outlier_operand, float* token_scale, float* outlier_scale,
                      unsigned char* group_scales, int tokens, int padded_tokens, int channels, int body, int x_stride, int other_stride,
@@ -297,10 +308,16 @@ quantize_activations(const Input* x, const Input* other, const Input* norm_weigh
   Shared* shared = reinterpret_cast<Shared*>(shared_bytes);
   Input* staged = reinterpret_cast<Input*>(shared_bytes + sizeof(Shared) * tokens_per_cta);
 
-  int first_token = blockIdx.x * tokens_per_cta;
+  __shared__ unsigned long long landed;
+  __shared__ uint2 maxima[ctas_per_token][32];  // of each warp of the cluster: of the body and of the outliers
+
+  const unsigned rank = ctas_per_token > 1 ? rank_in_cluster() : 0;
+  int first_token = blockIdx.x / ctas_per_token * tokens_per_cta;
   Factors factors = {clip, token_factor, group_factor};
   Shape shape = {channels, body, (body + 127) / 128, (body + 127) / 128 + (channels - body + 127) / 128};
-  int slot = threadIdx.x / lanes_per_block, slots = blockDim.x / lanes_per_block;
+  constexpr int slots = slots_per_cta * ctas_per_token;
+  int slot = threadIdx.x / lanes_per_block;
+  slot = slot < slots_per_cta ? slot + rank * slots_per_cta : shape.blocks;
   int position = threadIdx.x % lanes_per_block * channels_per_lane;
 
   allow_next_kernel();
@@ -314,11 +331,15 @@ quantize_activations(const Input* x, const Input* other, const Input* norm_weigh
   StageChunk first_weight;  // of the norm
   int first = threadIdx.x * stage_width;
   if (weight_ahead && has_norm && first < channels) first_weight = *reinterpret_cast<const StageChunk*>(norm_weight + first);
+  if (ctas_per_token > 1) {
+    if (threadIdx.x == 0) expect_bytes(landed, ctas_per_token * (blockDim.x / 32) * sizeof(uint2));
+    meet_cluster();
+  }
   wait_for_previous_kernel();
   if (first_token < tokens) {
     size_t offset = (size_t)first_token * channels;
     Rows rows = {x + (size_t)first_token * x_stride, other + (size_t)first_token * other_stride, norm_weight, residual_out + offset,
-                 row_out ? row_out + offset : nullptr, x_stride, other_stride, channels, min(tokens - first_token, tokens_per_cta)};
+                 row_out ? row_out + offset : nullptr, x_stride, other_stride, channels, min(tokens - first_token, tokens_per_cta), rank == 0};
     stage_rows(staged, shared, rows, first_weight, epsilon, unit_offset);
   } else {
     for (int i = threadIdx.x; i < (channels + 1) * tokens_per_cta; i += blockDim.x) staged[i] = from_float<Input>(0.0f);
@@ -345,21 +366,32 @@ quantize_activations(const Input* x, const Input* other, const Input* norm_weigh
       }
     }
   }
+  if (ctas_per_token > 1) {
+    send_absmax(maxima[rank], absmax[0], outlier_absmax[0], landed);
+    wait_for_bytes(landed);
+    take_absmax(absmax[0], outlier_absmax[0], maxima[0]);
+  } else {
 #pragma unroll
-  for (int t = 0; t < tokens_per_cta; t++) {
-    share_absmax(shared[t].absmax[0], absmax[t]);
-    share_absmax(shared[t].absmax[1], outlier_absmax[t]);
+    for (int t = 0; t < tokens_per_cta; t++) {
+      share_absmax(shared[t].absmax[0], absmax[t]);
+      share_absmax(shared[t].absmax[1], outlier_absmax[t]);
+    }
+    __syncthreads();
+#pragma unroll
+    for (int t = 0; t < tokens_per_cta; t++) {
+      absmax[t] = shared_absmax(shared[t].absmax[0]);
+      outlier_absmax[t] = shared_absmax(shared[t].absmax[1]);
+    }
   }
-  __syncthreads();
 
   float body_scale[tokens_per_cta], body_inverse[tokens_per_cta], outliers_inverse[tokens_per_cta];
 #pragma unroll
   for (int t = 0; t < tokens_per_cta; t++) {
-    body_scale[t] = token_scale_of(shared_absmax(shared[t].absmax[0]), factors);
+    body_scale[t] = token_scale_of(absmax[t], factors);
     body_inverse[t] = reciprocal_or_zero(body_scale[t]);
-    float outliers_scale = __fmul_rn(shared_absmax(shared[t].absmax[1]), per_int8);
+    float outliers_scale = __fmul_rn(outlier_absmax[t], per_int8);
     outliers_inverse[t] = reciprocal_or_zero(outliers_scale);
-    if (threadIdx.x == 0) {
+    if (threadIdx.x == 0 && rank == 0) {
       token_scale[first_token + t] = body_scale[t];
       outlier_scale[first_token + t] = outliers_scale;
     }

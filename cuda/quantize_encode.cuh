@@ -49,6 +49,23 @@ __device__ __forceinline__ float shared_absmax(const unsigned (&slots)[32]) {
   return __uint_as_float(__reduce_max_sync(all_lanes, bits));
 }
 
+// The same among the CTAs of a cluster: every warp's maxima go to every CTA.
+__device__ __forceinline__ void send_absmax(const uint2* slots, float absmax, float outlier_absmax, const unsigned long long& landed) {
+  unsigned body = __reduce_max_sync(all_lanes, __float_as_uint(absmax)), outliers = __reduce_max_sync(all_lanes, __float_as_uint(outlier_absmax));
+  if (threadIdx.x % 32 < ctas_per_token) send(slots + threadIdx.x / 32, body, outliers, landed, threadIdx.x % 32);
+}
+__device__ __forceinline__ void take_absmax(float& absmax, float& outlier_absmax, const uint2* slots) {
+  uint2 largest = {0, 0};
+#pragma unroll
+  for (int cta = 0; cta < ctas_per_token; cta++) {
+    if (threadIdx.x % 32 >= blockDim.x / 32) break;
+    uint2 other = slots[cta * 32 + threadIdx.x % 32];
+    largest = {max(largest.x, other.x), max(largest.y, other.y)};
+  }
+  absmax = __uint_as_float(__reduce_max_sync(all_lanes, largest.x));
+  outlier_absmax = __uint_as_float(__reduce_max_sync(all_lanes, largest.y));
+}
+
 // --------------------------------------------------------------------------------------------------- encode
 
 __device__ __forceinline__ int nearest(float ratio, float low, float high) { return __float2int_rn(fminf(fmaxf(ratio, low), high)); }

@@ -24,6 +24,8 @@ SHARED_HEADER = 384  # struct Shared, of each token
 PAIRED_BLOCKS = 96  # k-blocks of a row up to which two rows fit into the registers of one block
 SHARED_LIMIT = 99 << 10  # of one block, on the smallest card served (sm_86, sm_89)
 FEW_TOKENS = 264  # below, latency decides: 4 channels per lane. Two blocks of an H100's 132 SMs
+SPLIT_TOKENS = 8  # up to so many, a row of more than 64 k-blocks is split among the blocks of a cluster
+SPLIT_BLOCKS = 16  # k-blocks that one of them takes, unless that would be more than 8
 INPUTS = {torch.float32: "float", torch.float16: "fp16", torch.bfloat16: "bf16"}
 GROUP_SCALE_DTYPES = {"fp16": torch.float16, "e8m0": torch.uint8, "e4m3": torch.float8_e4m3fn}
 
@@ -187,6 +189,7 @@ class Launch(NamedTuple):
     threads: int
     shared_bytes: int
     tokens: int  # of one block
+    cluster: int  # blocks for one token
 
 
 def plan(
@@ -200,27 +203,36 @@ def plan(
     table: torch.dtype | None,
     hadamard: bool,
     aligned: bool,
+    clusters: bool = False,
 ) -> Launch:
     """Compile-time parameters and launch shape: each lane keeps 4 or 16 channels of up to 8 k-blocks in registers.
 
-    Of many tokens, two share a block where shared memory and registers hold both.
+    Of many tokens, two share a block where shared memory and registers hold both. A few long rows are split among the
+    blocks of a cluster where the card has `clusters` (so far: where this was measured).
     """
     blocks = -(-body // BLOCK) + -(-(channels - body) // BLOCK)
     channels_per_lane = 4 if tokens <= FEW_TOKENS and blocks <= 8 * MAX_THREADS // 32 else 16
+    split = clusters and channels_per_lane == 4 and tokens <= SPLIT_TOKENS and blocks > 64
+    cluster = next(n for n in (1, 2, 4, 8) if n * SPLIT_BLOCKS >= blocks or n == 8) if split else 1
+    own = -(-blocks // cluster)
     lanes = BLOCK // channels_per_lane
     slots = MAX_THREADS // lanes
     row_bytes = SHARED_HEADER + (channels + 1) * dtype.itemsize
     paired = channels_per_lane == 16 and blocks <= PAIRED_BLOCKS and 2 * row_bytes <= SHARED_LIMIT
     # A single token is done soonest by the whole SM; of many, smaller blocks hide each other's waits.
     per_lane = (
-        next(n for n in (1, 2, 4, 8) if n * slots >= blocks or n == 8)
+        next(n for n in (1, 2, 4, 8) if n * slots >= own or n == 8)
         if channels_per_lane == 4
         else 1
         if paired
         else min(2, -(-blocks // 64))
     )
     per_lane = max(per_lane, 1)
-    threads = min(MAX_THREADS, -(-(-(-blocks // per_lane) * lanes) // 32) * 32)
+    wanted = -(-own // per_lane) * lanes
+    if cluster > 1:  # each of its blocks stages the whole row: 16 bytes a thread, if it can
+        wanted = max(wanted, channels * dtype.itemsize // 16)
+    threads = min(MAX_THREADS, -(-wanted // 32) * 32)
+    slots = threads // lanes if cluster == 1 else -(-own // per_lane)
     scales = {
         "row": "PER_TOKEN",
         "fp16": "FP16_GROUP",
@@ -240,12 +252,14 @@ def plan(
         "ALIGNED": int(aligned),
         "GROUP": format.group or BLOCK,
         "TOKENS": 1 + paired,
+        "CLUSTER": cluster,
         "CHANNELS": channels_per_lane,
         "BLOCKS": per_lane,
-        "PASSES": int(per_lane * threads // lanes < blocks),
+        "SLOTS": slots,
+        "PASSES": int(per_lane * slots < own),
         "THREADS": threads,
     }
-    return Launch(defines, threads, row_bytes * (1 + paired), 1 + paired)
+    return Launch(defines, threads, row_bytes * (1 + paired), 1 + paired, cluster)
 
 
 def launch(
@@ -282,13 +296,14 @@ def launch(
         None if table is None else table.dtype,
         hadamard,
         aligned,
+        clusters=x.is_cuda and torch.cuda.get_device_capability(x.device) == (9, 0),
     )
     padded = token_scale.shape[0]
     if container != "nibble":
         outlier_codes = codes[-(-body // BLOCK) :]
     load(how).launch(
-        padded // how.tokens, how.threads, x, other, weight, table, total, row if want_row else None, codes,
-        outlier_codes, token_scale, outlier_scale, group_scales, tokens, padded, channels, body, x.stride(0),
+        padded // how.tokens * how.cluster, how.threads, x, other, weight, table, total, row if want_row else None,
+        codes, outlier_codes, token_scale, outlier_scale, group_scales, tokens, padded, channels, body, x.stride(0),
         0 if other is None else other.stride(0), float(format.clip), *factors(format), float(epsilon),
         int(unit_offset), overlap=True,
     )  # fmt: skip

@@ -50,7 +50,7 @@ class Tile:
         """Dynamic shared memory, by the same formula as in the source."""
         stage = self.stage_blocks * (self.tokens * BLOCK + self.row_groups * weight_bytes)
         exchange = (self.k_groups - 1) * self.row_groups * ROW_GROUP * self.tokens * 4
-        store = self.row_groups * 4 * min(self.tokens, 32 if self.roomy and self.cluster == 1 else 16) * 48
+        store = self.row_groups * 2 * min(self.tokens, 32 if self.roomy and self.cluster == 1 else 16) * 144
         return 1024 + self.stages * (-(-stage // 1024) * 1024) + exchange + store
 
     def defines(self, output: torch.dtype, experts: int = 0) -> dict[str, int | str]:

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from atomcli.formats.scheme import SCHEMES
-from atomcli.kernels.quantize import norm_quantize, prepare_layout, quantize, silu_mul_quantize
+from atomcli.kernels import quantize as quantization
+from atomcli.kernels.quantize import Operand, norm_quantize, prepare_layout, quantize, silu_mul_quantize
 from tests.kernels import quantize_cases as cases
 from tests.kernels.quantize_cases import FORMATS
 
@@ -76,3 +77,27 @@ def test_graph_and_compile() -> None:
     assert torch.equal(operand.codes, expected.codes)
     compiled = torch.compile(lambda rows: quantize(rows, scheme, table).codes, fullgraph=True)
     assert torch.equal(compiled(x), expected.codes)
+
+
+@pytest.mark.parametrize("channels", [11008, 28672])
+@pytest.mark.parametrize("name", ["w4a8", "w4a4"])
+def test_rows_split_among_blocks(name: str, channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few long rows are split among the blocks of a cluster; the codes and what goes along are the same."""
+    torch.manual_seed(channels)
+    scheme, layout = (
+        SCHEMES[name],
+        cases.random_layout(channels, 128, True, True, SCHEMES[name].transform == "hadamard"),
+    )
+    table = prepare_layout(layout, "cuda")
+    x = cases.random_rows(5, channels, torch.bfloat16).cuda()
+    weight = torch.rand(channels, device="cuda").bfloat16()
+
+    def run() -> list[torch.Tensor]:
+        fused, total, normed = norm_quantize(x, weight, 1e-6, scheme, table, x.flip(0).contiguous(), want_normed=True)
+        return [*quantize(x, scheme, table), *silu_mul_quantize(x, 0.5 * x, scheme, table), *fused, total, normed]
+
+    split = run()
+    cases.assert_equal(on_host(Operand(*split[:5])), cases.reference(x.cpu(), scheme, layout), "s8")
+    monkeypatch.setattr(quantization, "SPLIT_TOKENS", 0)
+    for one, other in zip(split[:10] + split[15:], run()[:10] + run()[15:], strict=True):
+        assert torch.equal(one, other)

@@ -48,7 +48,7 @@ class DecodeRows:
     """
 
     def __init__(self, model: FusedModel, pools: Sequence[Tensor], rows: int, pages: int) -> None:
-        self.model, self.pools, self.rows = model, pools, rows
+        self.model, self.pools, self.rows, self.pages = model, pools, rows, pages
         self.sizes = ladder(rows)
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "tokens": ((rows,), torch.int64),

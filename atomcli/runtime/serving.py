@@ -14,6 +14,7 @@ from atomcli.errors import InputError, RunError
 from atomcli.runtime.decoding import DecodeRows
 from atomcli.runtime.fused import FusedModel
 from atomcli.runtime.pages import Pages, require_pages
+from atomcli.runtime.prompts import PromptRows
 from atomcli.runtime.sampling import GREEDY, Sampling, sample
 
 _GROWTH = 4  # a newcomer leaves one free page for this many sequences
@@ -69,6 +70,7 @@ class Server:
         self.pages = Pages(pages, model.format.page)
         self.pools = model.new_pools(pages)
         self.decoding = DecodeRows(model, self.pools, rows, self.pages.needed(self.context))
+        self.prompts = PromptRows(model, self.pools, self.decoding.pages) if model.capturable else None
         self._waiting: deque[_Sequence] = deque()
         self._prefilling: list[_Sequence] = []
         self._running: list[_Sequence] = []  # by row
@@ -175,23 +177,13 @@ class Server:
             held = sequence.pages[:width]
             table[row, : len(held)] = torch.tensor(held, dtype=torch.int32)
             sequence.cached += count
-        device = self.model.device
         lengths = [sequence.cached for sequence, _ in chosen]
-        step = self.model.step(
-            torch.tensor(positions, device=device),
-            torch.tensor(slots, device=device),
-            table.to(device),
-            torch.tensor(lengths, dtype=torch.int32, device=device),
-            query_starts=torch.tensor(starts, dtype=torch.int32, device=device),
-        )
-        x, residual = self.model.hidden(torch.tensor(tokens, device=device), step, self.pools)
+        logits = self._prompt_logits(tokens, positions, slots, table, starts, lengths)
         ended = [row for row, (sequence, _) in enumerate(chosen) if sequence.cached == len(sequence.tokens)]
         if not ended:
             return []
-        last = torch.tensor([starts[row + 1] - 1 for row in ended], device=device)
         finished = [chosen[row][0] for row in ended]
-        logits = self.model.logits(x[last], residual[last])
-        first = self._choose(logits, finished)
+        first = self._choose(logits[ended], finished)
         self._prefilling = [sequence for sequence in self._prefilling if sequence not in finished]
         produced = []
         for sequence, token in zip(finished, first, strict=True):
@@ -202,6 +194,27 @@ class Server:
                     len(self._running) - 1, token, sequence.cached, sequence.pages, sequence.request.sampling
                 )
         return produced
+
+    def _prompt_logits(
+        self,
+        tokens: list[int],
+        positions: list[int],
+        slots: list[int],
+        table: torch.Tensor,
+        starts: list[int],
+        lengths: list[int],
+    ) -> torch.Tensor:
+        """Logits (sequences, vocabulary) after each sequence's last token of this pass."""
+        device, model = self.model.device, self.model
+        token_ids, where, slot_ids = (torch.tensor(values, device=device) for values in (tokens, positions, slots))
+        begin, held = (torch.tensor(values, dtype=torch.int32, device=device) for values in (starts, lengths))
+        table = table.to(device)
+        if self.prompts is not None and self.prompts.fits(len(tokens), len(lengths)):
+            return self.prompts.run(token_ids, where, slot_ids, table, begin, held)
+        step = model.step(where, slot_ids, table, held, query_starts=begin)
+        x, residual = model.hidden(token_ids, step, self.pools)
+        last = begin[1:].long() - 1
+        return model.logits(x[last], residual[last])
 
     def _choose(self, logits: torch.Tensor, sequences: Sequence[_Sequence]) -> list[int]:
         device = logits.device

@@ -9,6 +9,7 @@ import torch
 from atomcli.errors import InputError, RunError
 from atomcli.runtime.decoding import DecodeRows, ladder
 from atomcli.runtime.fused import FusedModel
+from atomcli.runtime.prompts import PromptRows
 from atomcli.runtime.sampling import Sampling
 from atomcli.runtime.serving import Request, Server
 from tests.helpers.fused import KV8, tiny_model
@@ -148,3 +149,12 @@ def test_more_pages_than_memory_are_refused(model: FusedModel, monkeypatch: pyte
         Server(model, 8, 4, context=128)
     assert raised.value.hint == "2 × 128 or 4 × 64 tokens would fit."
     Server(model, 5, 4, context=128)
+
+
+def test_prompts_on_static_buffers_change_no_token(model: FusedModel) -> None:
+    asked = requests(9)
+    plain, padded = (Server(model, 20, 9, context=128, chunk=100) for _ in range(2))
+    padded.prompts = PromptRows(model, padded.pools, padded.decoding.pages)
+    assert padded.run(asked) == plain.run(asked)
+    assert not padded.prompts.fits(513, 1)
+    assert not padded.prompts.fits(9, 9)

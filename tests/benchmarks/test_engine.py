@@ -34,13 +34,13 @@ def test_rows_of_a_server(stand_in: Path, tmp_path: Path) -> None:
     assert value["KV room"] == 1600
     assert value["ratio"] == 1
     assert value["output tokens"] / value["requests"] == pytest.approx(51 / 4)
-    assert value["per token p50"] > 9
+    assert value["per token p50"] > 9  # the stand-in sleeps 10 ms
     assert value["per token p50"] <= value["per token p99"]
-    # One at a time is slower, and the last ones wait long for their first token.
     slow = {name: measure.median for name, measure in second.measures.items() if measure is not None}
-    assert slow["ratio"] < 0.7
+    assert slow["ratio"] == pytest.approx(slow["output tokens"] / value["output tokens"])
     assert slow["largest batch"] == 1
-    assert slow["first token p99"] > value["first token p99"]
+    # The last of twelve waits for the eleven before it, the first for nobody.
+    assert slow["first token p99"] > 100 * 1.5
     assert (tmp_path / "logs" / "one.log").is_file()
 
 

@@ -86,12 +86,12 @@ def for_experts(bits: int, rows: int, experts: int, tokens: int, multiprocessors
     An expert's tokens begin anywhere in a window of whole groups of 8: up to 7 others may come before them.
     """
     active = min(experts, tokens)
-    return default(bits, rows * active, -(-tokens // active) + 7, multiprocessors)
+    return fit(default(bits, rows * active, -(-tokens // active) + 7, multiprocessors), bits, experts)
 
 
-def fit(tile: Tile, bits: int) -> Tile:
-    """The same tile with as many stages as shared memory holds for weights of `bits`."""
-    while tile.shared_bytes(weight_block_bytes(bits)) + tile.stages * 16 > SHARED_LIMIT:
+def fit(tile: Tile, bits: int, experts: int = 0) -> Tile:
+    """The same tile with as many stages as shared memory holds for weights of `bits`, beside the table of experts."""
+    while tile.shared_bytes(weight_block_bytes(bits)) + tile.stages * 16 + (experts + 1) * 8 > SHARED_LIMIT:
         tile = replace(tile, stages=tile.stages - 1)
     return tile
 

@@ -1,5 +1,6 @@
 """Which tile a problem gets: always one that fits, by rule where nothing was measured, else what was measured."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,13 @@ def test_experts_windows_leave_room_for_others_tokens() -> None:
     assert tune.for_experts(4, 4096, 128, 1, 132).tokens == 8
     assert tune.for_experts(4, 4096, 8, 4096, 132).tokens == 256
     assert all(tune.for_experts(4, 4096, 8, tokens, 132).cluster == 1 for tokens in (1, 64, 999))
+
+
+@pytest.mark.parametrize("tokens", [1, 500, 1000, 2000, 8000, 30000])
+def test_many_experts_table_fits_beside_the_ring(tokens: int) -> None:
+    for rows, bits in itertools.product((64, 512, 4096), (4, 8)):
+        tile = tune.for_experts(bits, rows, 256, tokens, 132)
+        assert tile.shared_bytes(weight_block_bytes(bits)) + 16 * tile.stages + 2 * 257 * 4 <= SHARED_LIMIT
 
 
 def test_a_measured_choice_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from atomcli.cli.options import default_output
-from atomcli.pipeline import compress
+from atomcli.pipeline import road
 from tests.cli.conftest import write_tiny_model
 
 
@@ -51,20 +51,20 @@ def test_a_finished_checkpoint_is_replaced_only_when_told(
 
 def test_interrupted_it_says_so_and_resumes(atom, tiny_model, quantize_options, tmp_path, monkeypatch, snapshot):
     command = ["quantize", tiny_model, "-o", tmp_path / "out", *quantize_options]
-    real = compress.write_shard
+    real = road.write_shard
 
     def interrupted(directory, file, tensors):
         if file == "model-00002.safetensors":
             raise KeyboardInterrupt
         return real(directory, file, tensors)
 
-    monkeypatch.setattr(compress, "write_shard", interrupted)
+    monkeypatch.setattr(road, "write_shard", interrupted)
     outcome = atom(*command)
     assert outcome.code == 130
     snapshot(outcome, "quantize-interrupted")
     assert not (tmp_path / "out").exists()
 
-    monkeypatch.setattr(compress, "write_shard", real)
+    monkeypatch.setattr(road, "write_shard", real)
     outcome = atom(*command)
     assert outcome.code == 0
     assert "continuing after block 1 of 2" in outcome.err

@@ -26,10 +26,10 @@ struct Range {
 };
 
 // A sequence is cut into `wanted` parts, into more where they would be longer than `longest` chunks, and into fewer where a
-// warp would get less than `least` chunks: such a part is not worth its merge. gridDim.y parts are enough for any length.
-INLINE Range part_of(int length, int window, int part, int wanted, int longest, int least) {
+// warp would have no chunk: such a part is not worth its merge. gridDim.y parts are enough for any length.
+INLINE Range part_of(int length, int window, int part, int wanted, int longest) {
     const int first = max(0, length - window), begin = first / chunk_tokens, end = (length + chunk_tokens - 1) / chunk_tokens;
-    const int share = max(min((end - begin + wanted - 1) / wanted, longest), least * warps);
+    const int share = max(min((end - begin + wanted - 1) / wanted, longest), warps);
     const int from = begin + part * share;
     return {first, length, from, min(end, from + share), (end - begin + share - 1) / share};
 }
@@ -179,8 +179,8 @@ template <bool GLOBAL, class T> INLINE T read(const T* at) {
     else return *at;
 }
 
-// The factor of each part's record of each column, [part][column], for all threads; returns nothing but leaves the columns'
-// common references and weights in `totals`. A warp takes a column, its lanes the parts.
+// Finds what each part's record of each column counts, factors[part][column], and the columns' common references and weights.
+// A warp takes a column, its lanes the parts.
 template <bool GLOBAL> INLINE void weigh(float* factors, float2* totals, const float* records, int parts, int count) {
     const int lane = threadIdx.x % 32;
     for (int column = threadIdx.x / 32; column < count; column += warps) {
@@ -239,7 +239,7 @@ template <bool GLOBAL> INLINE void finish(Query* out, const float* value_bias, f
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM)
 attention_decode(const Query* query, const uint8* pool, const int* page_table, const int* lengths, const float* value_bias,
                  const float* key_bias, const float* cos, const float* sin, int positions, Query* out, float* partials, int* arrivals, int heads, int kv_heads, int max_pages, int query_stride,
-                 int window, int wanted, int longest, int least, float scaling) {
+                 int window, int wanted, int longest, float scaling) {
     const int group = heads / kv_heads, tiles = (group + columns - 1) / columns;
     const int kv_head = blockIdx.x / tiles, first_head = kv_head * group + blockIdx.x % tiles * columns;
     const int count = min(columns, (kv_head + 1) * group - first_head), sequence = blockIdx.z;
@@ -247,7 +247,7 @@ attention_decode(const Query* query, const uint8* pool, const int* page_table, c
     wait_for_previous_kernel();
 
     const int length = lengths[sequence];
-    const Range range = part_of(length, window, blockIdx.y, wanted, longest, least);
+    const Range range = part_of(length, window, blockIdx.y, wanted, longest);
     out += (static_cast<long long>(sequence) * heads + first_head) * head_dim;
     if (length == 0 && blockIdx.y == 0)
         for (int i = threadIdx.x; i < count * head_dim; i += warps * 32) out[i] = from_float<Query>(0.0f);

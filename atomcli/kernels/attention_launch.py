@@ -28,7 +28,6 @@ SHARED_LIMITS = {
 IN_FLIGHT = 64 << 10
 LONGEST_PART = 8192  # tokens of a sequence for one block
 MOST_PARTS = 128  # of a sequence
-LEAST_CHUNKS = 1  # of a warp
 NO_WINDOW = (1 << 31) - 1
 MOST_SHARING = WARPS * 8  # query heads of a KV head: the columns of the narrowest prefill kernel
 LOG2_E = 1.4426950408889634
@@ -170,7 +169,7 @@ def launch_decode(
     load(DECODE, plan.defines, plan.shared_bytes).launch(
         (blocks, parts.most, batch), WARPS * 32, query, pool, page_table, lengths, *biases.arguments(), out, partials,
         arrivals, heads, kv_heads, page_table.shape[1], query.stride(0), NO_WINDOW if window is None else window,
-        parts.wanted, parts.longest, LEAST_CHUNKS, scaling * LOG2_E, overlap=True,
+        parts.wanted, parts.longest, scaling * LOG2_E, overlap=True,
     )  # fmt: skip
 
 

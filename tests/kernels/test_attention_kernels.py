@@ -30,32 +30,43 @@ def on_host(name: str, defines: dict[str, int | str], shared_bytes: int) -> Host
 
 @emulates
 @pytest.mark.parametrize(
-    ("element", "lengths", "splits", "window", "shape"),
+    ("element", "lengths", "parts", "window", "shape"),
     [
-        ("int4", [0, 1, 33, 128, 300], 2, None, {"head_dim": 128, "page": 16}),
-        ("int4", [300, 15, 64], 3, 40, {"head_dim": 96, "page": 16}),
-        ("fp8", [300, 15, 1], 3, 40, {"head_dim": 96, "page": 16}),
-        ("int8", [70], 1, None, {"head_dim": 64, "page": 32, "heads": 20, "kv_heads": 2}),
-        ("bf16", [70, 0, 17], 1, 20, {"head_dim": 128, "page": 64, "heads": 3, "kv_heads": 3}),
+        ("int4", [0, 1, 300], (1, 4, 3), None, {"head_dim": 128, "page": 16}),  # longer than a part may be
+        ("int4", [300, 15, 64], (3, 99, 3), 40, {"head_dim": 96, "page": 16}),
+        ("fp8", [150, 15, 1], (2, 99, 2), 40, {"head_dim": 96, "page": 16}),
+        ("int8", [70], (1, 99, 1), None, {"head_dim": 64, "page": 32, "heads": 10, "kv_heads": 1}),
+        ("bf16", [70, 0, 17], (1, 99, 1), 20, {"head_dim": 128, "page": 64, "heads": 1, "kv_heads": 1}),
     ],
 )
-def test_decode(element: Element, lengths: list[int], splits: int, window: int | None, shape: dict[str, int]) -> None:
+def test_decode(
+    element: Element, lengths: list[int], parts: tuple[int, int, int], window: int | None, shape: dict[str, int]
+) -> None:
     case = problem(element, lengths, **shape)
     bias = torch.randn(case.pool.shape[1], case.fmt.head_dim)
     out = torch.full_like(case.query, float("nan"))
     launch.launch_decode(
         on_host, case.query, case.pool, case.fmt, case.page_table, case.lengths, SCALING, window,
-        launch.Biases(value=bias), out, processors=1, shared_limit=LARGE, parts=launch.Parts(splits, 1 << 20, splits),
+        launch.Biases(value=bias), out, processors=1, shared_limit=LARGE, parts=launch.Parts(*parts),
     )  # fmt: skip
     assert relative_error(out, case.expected(SCALING, window, None, bias)) < TOLERANCE
+
+
+@pytest.mark.parametrize("chunks", [1, 3, 40, 4096])
+@pytest.mark.parametrize("places", [1, 8, 500, 5000])
+def test_parts_hold_the_longest_sequence(places: int, chunks: int) -> None:
+    wanted, longest, most = launch.parts_for(places, chunks, 528, 32)
+    assert 1 <= wanted <= most <= launch.MOST_PARTS
+    assert most * longest >= chunks
+    assert wanted == 1 or places * wanted <= 528
 
 
 @emulates
 @pytest.mark.parametrize(
     ("element", "lengths", "queries", "window", "shape"),
     [
-        ("int4", [33, 0, 1, 70], [20, 0, 1, 70], 25, {"heads": 6, "kv_heads": 2, "page": 32}),
-        ("fp8", [40, 90], [40, 3], None, {"heads": 7, "kv_heads": 1, "head_dim": 96}),
+        ("int4", [33, 0, 1, 70], [20, 0, 1, 30], 25, {"heads": 6, "kv_heads": 2, "page": 32}),
+        ("fp8", [20, 90], [20, 3], None, {"heads": 7, "kv_heads": 1, "head_dim": 96}),
         ("bf16", [40, 50], [9, 50], 25, {"page": 64}),
     ],
 )
@@ -77,7 +88,7 @@ def test_prefill(
 @pytest.mark.parametrize(("head_dim", "hadamard"), [(64, False), (96, True)])
 def test_key_biases_come_back(queries: list[int] | None, head_dim: int, hadamard: bool) -> None:
     """From rotations whose tables carry a factor, as those of some families do."""
-    case = problem("int4", [40, 1, 75], queries=queries, head_dim=head_dim, page=32)
+    case = problem("int4", [40, 1, 75], queries=queries, head_dim=head_dim, page=32, kv_heads=2)
     key_bias, value_bias = torch.randn(2, head_dim) * 3, torch.randn(2, head_dim)
     cos, sin = (1.2 * table for table in rope_tables(75, head_dim))
     turned = reference.rotate(key_bias.expand(75, 2, head_dim), cos, sin)
@@ -86,7 +97,7 @@ def test_key_biases_come_back(queries: list[int] | None, head_dim: int, hadamard
     if queries is None:
         launch.launch_decode(
             on_host, case.query, case.pool, case.fmt, case.page_table, case.lengths, SCALING, None, biases, out,
-            processors=1, shared_limit=LARGE, parts=launch.Parts(1, 1 << 20, 1),
+            processors=1, shared_limit=LARGE, parts=launch.Parts(1, 99, 1),
         )  # fmt: skip
     else:
         launch.launch_prefill(
@@ -123,10 +134,12 @@ def test_append_is_the_reference_bit_for_bit(
 
 
 @compiles
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("element", ELEMENTS)
+@pytest.mark.parametrize(
+    ("arch", "element"),
+    [(arch, element) for i, arch in enumerate(ARCHITECTURES) for element in ("int4", ELEMENTS[1 + i % 3])],
+)
 def test_kernels_compile_without_spills(arch: str, element: Element) -> None:
-    """Every kind of cache on every card; the head dimensions take turns."""
+    """4 bits on every card, and another cache; head dimensions, pages and groups take turns."""
     place = ARCHITECTURES.index(arch) + ELEMENTS.index(element)
     head_dim, page = launch.HEAD_DIMS[place % 4], (16, 32, 64)[place % 3]
     fmt, limit = PageFormat(element, head_dim, page), launch.SHARED_LIMITS[arch]
@@ -150,3 +163,12 @@ def test_a_nibble_costs_a_mask(tmp_path: Path) -> None:
     assert "HMMA.16816.F32" in listing
     assert "LDGSTS.E.BYPASS" in listing
     assert "I2FP" not in listing  # plain I2F is part of a division of integers
+
+
+def test_what_no_kernel_serves_is_named() -> None:
+    fmt = PageFormat("int4", 128, 64)
+    assert launch.why_not(fmt, torch.bfloat16) is None
+    assert "160" in str(launch.why_not(PageFormat("int4", 160, 64), torch.bfloat16))
+    assert "float32" in str(launch.why_not(fmt, torch.float32))
+    assert "RoPE" in str(launch.why_not(fmt, torch.bfloat16, keys_rotated=False))
+    assert "71" in str(launch.why_not(fmt, torch.bfloat16, group=71))

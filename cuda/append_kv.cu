@@ -178,7 +178,10 @@ append_kv(uint8* pool, const Input* query, const Input* key, const Input* value,
 
     const long long token = blockIdx.x, slot = slots[token];
     const int head = is_query ? vector : (vector - heads) % kv_heads;
-    const Input* from = (is_query ? query + token * query_stride : is_value ? value + token * value_stride : key + token * key_stride) + head * head_dim;
+    const Input* heads_of_token = is_query   ? query + token * query_stride
+                                  : is_value ? value + token * value_stride
+                                             : key + token * key_stride;
+    const Input* from = heads_of_token + head * head_dim;
     Runs runs, turn;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {

@@ -238,7 +238,8 @@ template <bool GLOBAL> INLINE void finish(Query* out, const float* value_bias, f
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM)
 attention_decode(const Query* query, const uint8* pool, const int* page_table, const int* lengths, const float* value_bias,
-                 const float* key_bias, const float* cos, const float* sin, int positions, Query* out, float* partials, int* arrivals, int heads, int kv_heads, int max_pages, int query_stride,
+                 const float* key_bias, const float* cos, const float* sin, int positions, Query* out, float* partials,
+                 int* arrivals, int heads, int kv_heads, int max_pages, int query_stride,
                  int window, int wanted, int longest, float scaling) {
     const int group = heads / kv_heads, tiles = (group + columns - 1) / columns;
     const int kv_head = blockIdx.x / tiles, first_head = kv_head * group + blockIdx.x % tiles * columns;
@@ -271,7 +272,8 @@ attention_decode(const Query* query, const uint8* pool, const int* page_table, c
     copy_wait<stages - 1>();
     __syncthreads();
     Queries queries;
-    queries.line = read_queries(reinterpret_cast<const Query*>(shared_bytes), scaling, [&](int t, int p, uint32 pair) { queries.pairs[t][p] = pair; });
+    queries.line = read_queries(reinterpret_cast<const Query*>(shared_bytes), scaling,
+                                [&](int t, int p, uint32 pair) { queries.pairs[t][p] = pair; });
 
     State state;
     state.clear();

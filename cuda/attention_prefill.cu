@@ -98,7 +98,8 @@ INLINE void copy_queries(uint8* rows, ColumnEnds* ends, int heads, const Query* 
     }
     for (int column = lane; column < columns; column += 32) {
         const int number = all.query(first_column + column);
-        ends[column] = number < 0 ? ColumnEnds{-1, -1} : ColumnEnds{all.work.position(number), (all.work.start + number) * heads + all.head(first_column + column)};
+        const int row = (all.work.start + number) * heads + all.head(first_column + column);
+        ends[column] = number < 0 ? ColumnEnds{-1, -1} : ColumnEnds{all.work.position(number), row};
     }
     copy_commit();
 }
@@ -172,13 +173,15 @@ INLINE void copy_chunk(uint8* stage, const uint8* pool, const int* pages, long l
                 if (at + threads * 16 <= codes_bytes || at + threadIdx.x * 16 < codes_bytes)
                     piece(stage + side * codes_bytes, side * page_tokens * row_bytes, row_bytes, at + threadIdx.x * 16);
         if constexpr (number_bytes > 0)
-            if (threadIdx.x * 16 < chunk_tokens * number_bytes) piece(stage + 2 * codes_bytes, 2 * page_tokens * row_bytes, number_bytes, threadIdx.x * 16);
+            if (threadIdx.x * 16 < chunk_tokens * number_bytes)
+                piece(stage + 2 * codes_bytes, 2 * page_tokens * row_bytes, number_bytes, threadIdx.x * 16);
     }
     copy_commit();  // an empty group too: groups are counted
 }
 
 // Tokens that a column does not see weigh nothing; numbers of tokens that were not copied are none.
-INLINE void hide_unseen(Scores<token_tiles>& scores, TileNumbers<token_tiles>& numbers, const Queries& queries, int first_token, int window, const Range& range) {
+INLINE void hide_unseen(Scores<token_tiles>& scores, TileNumbers<token_tiles>& numbers, const Queries& queries,
+                        int first_token, int window, const Range& range) {
     const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
 #pragma unroll
     for (int tile = 0; tile < token_tiles; ++tile)
@@ -257,7 +260,10 @@ attention_prefill(const Query* query, const uint8* pool, const int* page_table, 
     for (int stage = 0; stage < stages - 1; ++stage) copy_chunk(ring + stage * stage_bytes, pool, pages, page_stride, chunk + stage, range);
 
     Bias bias;
-    if constexpr (has_bias) bias = load_bias(shared_bytes + all_query_bytes, {key_bias + kv_head * head_dim, cos, sin, positions}, query, query_stride, all, scaling);
+    if constexpr (has_bias) {
+        const BiasTables tables = {key_bias + kv_head * head_dim, cos, sin, positions};
+        bias = load_bias(shared_bytes + all_query_bytes, tables, query, query_stride, all, scaling);
+    }
     copy_wait<stages - 1>();
     __syncwarp();
     Queries queries;

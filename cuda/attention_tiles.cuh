@@ -192,6 +192,7 @@ INLINE void add_values(State& state, const Scores<TILES>& scores, const TileNumb
         for (int m = 0; m < channel_tiles; ++m)
 #pragma unroll
             for (int t = 0; t < query_tiles; ++t)
-                Operand::mma(state.sums[t][m], pairs[0][2 * m], pairs[0][2 * m + 1], pairs[1][2 * m], pairs[1][2 * m + 1], weights[t][0], weights[t][1]);
+                Operand::mma(state.sums[t][m], pairs[0][2 * m], pairs[0][2 * m + 1], pairs[1][2 * m], pairs[1][2 * m + 1],
+                             weights[t][0], weights[t][1]);
     }
 }

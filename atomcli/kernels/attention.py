@@ -46,7 +46,7 @@ def append(
     for name, tensor in (("cos", cos), ("sin", sin)):
         if tensor.shape != (tokens, head_dim // 2) or tensor.dtype != torch.float32:
             raise UnsupportedError(f"{name} must be fp32 {(tokens, head_dim // 2)}, not {tuple(tensor.shape)}.")
-    if slots.shape != (tokens,) or slots.dtype != torch.int64:
+    if slots.shape != (tokens,) or slots.dtype != torch.int64 or not slots.is_contiguous():
         raise UnsupportedError(f"Slots must be int64 ({tokens},), not {slots.dtype} {tuple(slots.shape)}.")
     rotated = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     torch.ops.atom.kv_append(
@@ -82,7 +82,7 @@ def decode(
     graph serves them all. Raises UnsupportedError for shapes or dtypes that don't fit each other.
     """
     _check(query, pool, fmt)
-    _check_sequences(query, page_table, lengths, key_bias, value_bias, rope, keys_rotated)
+    _check_sequences(query, out, page_table, lengths, key_bias, value_bias, rope, keys_rotated)
     if len(lengths) != len(query):
         raise UnsupportedError(f"{len(query)} queries need as many lengths, not {len(lengths)}.")
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device) if out is None else out
@@ -118,8 +118,8 @@ def prefill(
     keys, lengths int32 (B,). The rest as in `decode`.
     """
     _check(query, pool, fmt)
-    _check_sequences(query, page_table, lengths, key_bias, value_bias, rope, keys_rotated)
-    if len(query_starts) != len(lengths) + 1 or query_starts.dtype != torch.int32:
+    _check_sequences(query, out, page_table, lengths, key_bias, value_bias, rope, keys_rotated)
+    if query_starts.shape != (len(lengths) + 1,) or query_starts.dtype != torch.int32 or query_starts.stride(0) != 1:
         raise UnsupportedError(f"query_starts must be int32 ({len(lengths) + 1},), not {tuple(query_starts.shape)}.")
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device) if out is None else out
     cos, sin = (None, None) if rope is None else rope
@@ -155,6 +155,7 @@ def _check(query: Tensor, pool: Tensor, fmt: PageFormat) -> None:
 
 def _check_sequences(
     query: Tensor,
+    out: Tensor | None,
     page_table: Tensor,
     lengths: Tensor,
     key_bias: Tensor | None,
@@ -166,6 +167,10 @@ def _check_sequences(
         raise UnsupportedError(f"{len(lengths)} sequences need a page table of as many rows, not {page_table.shape}.")
     if page_table.dtype != torch.int32 or lengths.dtype != torch.int32:
         raise UnsupportedError(f"page_table and lengths are int32, not {page_table.dtype} and {lengths.dtype}.")
+    if page_table.stride(1) != 1 or not lengths.is_contiguous():
+        raise UnsupportedError("The rows of page_table and the lengths must be contiguous.")
+    if out is not None and (out.shape != query.shape or out.dtype != query.dtype or not out.is_contiguous()):
+        raise UnsupportedError(f"out must be contiguous {query.dtype} {tuple(query.shape)}, not {tuple(out.shape)}.")
     if rope is None and (key_bias is not None or not keys_rotated):
         raise UnsupportedError("A key bias, or keys stored before RoPE, need the rope tables.")
     tables = {"key_bias": key_bias, "value_bias": value_bias, "cosines": rope and rope[0], "sines": rope and rope[1]}

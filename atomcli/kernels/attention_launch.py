@@ -168,7 +168,7 @@ def launch_decode(
     partials, arrivals = scratch(query.device, floats, batch * blocks)
     load(DECODE, plan.defines, plan.shared_bytes).launch(
         (blocks, parts.most, batch), WARPS * 32, query, pool, page_table, lengths, *biases.arguments(), out, partials,
-        arrivals, heads, kv_heads, page_table.shape[1], query.stride(0), NO_WINDOW if window is None else window,
+        arrivals, heads, kv_heads, page_table.stride(0), query.stride(0), NO_WINDOW if window is None else window,
         parts.wanted, parts.longest, scaling * LOG2_E, overlap=True,
     )  # fmt: skip
 
@@ -223,7 +223,7 @@ def launch_prefill(
     blocks = -(-tokens // queries) + min(sequences, tokens) - 1
     load(PREFILL, plan.defines, plan.shared_bytes).launch(
         (blocks, kv_heads), WARPS * 32, query, pool, page_table, query_starts, lengths, *biases.arguments(), out,
-        sequences, heads, kv_heads, page_table.shape[1], query.stride(0), NO_WINDOW if window is None else window,
+        sequences, heads, kv_heads, page_table.stride(0), query.stride(0), NO_WINDOW if window is None else window,
         scaling * LOG2_E, overlap=True,
     )  # fmt: skip
 
@@ -259,8 +259,13 @@ def launch_append(
 
 
 def _dense_heads(x: Tensor) -> Tensor:
-    """x (tokens, heads, head_dim) whose heads lie one after the other; tokens may be apart, as in a merged product."""
-    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+    """x (tokens, heads, head_dim) whose heads lie one after the other, in pieces of 16 bytes that copies can take.
+
+    Tokens may be apart, as in a merged product.
+    """
+    dense = x.stride(2) == 1 and x.stride(1) == x.shape[2]
+    aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    return x if dense and aligned else x.clone(memory_format=torch.contiguous_format)
 
 
 # -------------------------------------------------------------------------------------------- workspace

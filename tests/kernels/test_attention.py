@@ -134,8 +134,11 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
         ((case.query, case.pool[..., :-16], *good[2:]), "pool"),
         ((*good[:3], case.page_table.long(), case.lengths), "int32"),
         ((*good[:4], case.lengths[:1]), "1 sequences"),
+        ((*good[:3], case.page_table.t().contiguous().t(), case.lengths), "contiguous"),
     ):
         with pytest.raises(UnsupportedError, match=words):
             attention.decode(*bad, SCALING)
     with pytest.raises(UnsupportedError, match="rope"):
         attention.decode(*good, SCALING, key_bias=torch.zeros(2, 64))
+    with pytest.raises(UnsupportedError, match="out must be"):
+        attention.decode(*good, SCALING, out=torch.empty(2, 4, 32, dtype=torch.bfloat16))

@@ -7,11 +7,13 @@ next token and leaves it, with the row's new length, where the next step reads t
 
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from atomcli.runtime.fused import FusedModel
+from atomcli.runtime.graphs import capture
 from atomcli.runtime.sampling import GREEDY, Sampling, greedy, sample
 
 _DENSE_LADDER = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96)
@@ -129,16 +131,7 @@ class DecodeRows:
         """Capture the step of `size` rows; all graphs share one pool of memory, so the largest should come first."""
         self._device["lengths"].zero_()  # idle rows: what runs here to warm up stores nothing
         self._stale = True
-        side = torch.cuda.Stream(self.model.device)
-        side.wait_stream(torch.cuda.current_stream(self.model.device))
-        with torch.cuda.stream(side):
-            self._run(size, sampled)
-        torch.cuda.current_stream(self.model.device).wait_stream(side)
-        torch.cuda.synchronize(self.model.device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory):
-            logits = self._run(size, sampled)
-        self._graphs[size, sampled] = (graph, logits)
+        self._graphs[size, sampled] = capture(partial(self._run, size, sampled), self.model.device, self._memory)
 
     @torch.inference_mode()
     def _run(self, rows: int, sampled: bool) -> Tensor:

@@ -5,11 +5,13 @@ no sequence; what comes out for them is never looked at.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from atomcli.runtime.fused import FusedModel
+from atomcli.runtime.graphs import capture
 
 SIZES = (32, 64, 128, 256, 512)
 ROWS = 8
@@ -64,16 +66,7 @@ class PromptRows:
         self._device["slots"].fill_(-1)
         self._device["lengths"].zero_()
         self._device["starts"].zero_()
-        side = torch.cuda.Stream(self.model.device)
-        side.wait_stream(torch.cuda.current_stream(self.model.device))
-        with torch.cuda.stream(side):
-            self._run(size)
-        torch.cuda.current_stream(self.model.device).wait_stream(side)
-        torch.cuda.synchronize(self.model.device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory):
-            logits = self._run(size)
-        self._graphs[size] = (graph, logits)
+        self._graphs[size] = capture(partial(self._run, size), self.model.device, self._memory)
 
     def _run(self, size: int) -> Tensor:
         tokens, positions, slots = (self._device[name][:size] for name in ("tokens", "positions", "slots"))

@@ -67,6 +67,7 @@ def commands_of(block: Block) -> Iterator[list[str]]:
 
 def check_options(words: list[str]) -> None:
     """Raises when the command line names a command, option or value that doesn't exist."""
+    assert "--install-completion" not in words, "reading it would already do it"
     command = typer.main.get_command(app)
     with command.make_context("atom", words[1:]) as context:
         while hasattr(command, "resolve_command"):

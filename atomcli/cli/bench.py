@@ -66,10 +66,10 @@ def model(
     show(rows, form)
 
 
-@app.command("serve")
+@app.command("capacity")
 @command
 @reportable
-def serve(
+def capacity(
     checkpoint: Checkpoint = None,
     against: Against = None,
     shape: ModelShape = None,
@@ -90,14 +90,14 @@ def serve(
     Requests as long as the Atom paper's (23 tokens of prompt and 995 of output on average), as many at a time as fit:
     the paper's protocol with a fixed reserve for each sequence, or pages.
     """
-    from atomcli.benchmarks.serve import bench_serve
+    from atomcli.benchmarks.capacity import bench_capacity
     from atomcli.cli.progress import Progress
     from atomcli.cli.systems import systems
 
     named = systems(checkpoint, against, shape, blocks, w8a8, device)
     with Progress() as progress:
         seen = progress.counter("bench", "setting")
-        rows = bench_serve(named, memory or [24.0], reserve or None, seconds=seconds, progress=seen)
+        rows = bench_capacity(named, memory or [24.0], reserve or None, seconds=seconds, progress=seen)
     show(rows, form)
 
 
@@ -295,7 +295,7 @@ def _shape(text: str) -> tuple[int, int]:
     return int(parts[0]), int(parts[1])
 
 
-app.command("vllm")(serving.vllm)
+app.command("serve")(serving.serve)
 
 
 def show(rows: Sequence[Any], form: Literal["md", "csv", "json"]) -> None:

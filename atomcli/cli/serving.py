@@ -1,4 +1,4 @@
-"""`atom bench vllm`: what a checkpoint serves through vLLM, beside its peers."""
+"""`atom bench serve`: what a checkpoint serves through vLLM, beside its peers."""
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -16,7 +16,7 @@ Form = Annotated[Literal["md", "csv", "json"], typer.Option("--format", help="Ho
 
 @command
 @reportable
-def vllm(
+def serve(
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint of atom, or any model.")],
     against: Annotated[
         list[str] | None, typer.Option("--against", metavar="PARENT", help="A model to compare with; repeatable.")

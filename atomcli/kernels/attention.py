@@ -170,7 +170,9 @@ def _check_sequences(
     if page_table.stride(1) != 1 or not lengths.is_contiguous():
         raise UnsupportedError("The rows of page_table and the lengths must be contiguous.")
     if out is not None and (out.shape != query.shape or out.dtype != query.dtype or not out.is_contiguous()):
-        raise UnsupportedError(f"out must be contiguous {query.dtype} {tuple(query.shape)}, not {tuple(out.shape)}.")
+        raise UnsupportedError(
+            f"The output must be contiguous {query.dtype} {tuple(query.shape)}, not {tuple(out.shape)}."
+        )
     if rope is None and (key_bias is not None or not keys_rotated):
         raise UnsupportedError("A key bias, or keys stored before RoPE, need the rope tables.")
     tables = {"key_bias": key_bias, "value_bias": value_bias, "cosines": rope and rope[0], "sines": rope and rope[1]}

@@ -53,7 +53,7 @@ class Workload:
         return max(1, round(mean * draw.lognormvariate(-(self.spread**2) / 2, self.spread)))
 
 
-def bench_serve(
+def bench_capacity(
     systems: Sequence[System],
     budgets: Sequence[float],
     reserve: int | None = 2048,

@@ -5,8 +5,8 @@ import statistics
 
 import pytest
 
+from atomcli.benchmarks.capacity import Workload, bench_capacity, places
 from atomcli.benchmarks.model import weight_bytes
-from atomcli.benchmarks.serve import Workload, bench_serve, places
 from atomcli.benchmarks.systems import System
 from atomcli.errors import RunError, UsageError
 from tests.benchmarks.test_model import make_model
@@ -44,7 +44,7 @@ def test_rows_compare_systems_under_each_budget() -> None:
     model = make_model()
     small = (weight_bytes(model) + 2.1 * model.pool_bytes(1)) / 1e9
     systems = [System(name, lambda name=name: make_model(name)) for name in ("bf16", "atom w4a8")]  # type: ignore[misc]
-    rows = bench_serve(systems, [small, 0.5 * small], 64, SHORT, seconds=0.4)
+    rows = bench_capacity(systems, [small, 0.5 * small], 64, SHORT, seconds=0.4)
     assert [(row.labels["budget"], row.labels["model"]) for row in rows] == [
         (f"{budget:g} GB", name) for budget in (small, 0.5 * small) for name in ("bf16", "atom w4a8")
     ]
@@ -59,16 +59,16 @@ def test_rows_compare_systems_under_each_budget() -> None:
 def test_a_paged_server_is_kept_busy() -> None:
     model = make_model()
     budget = (weight_bytes(model) + 6.1 * model.pool_bytes(1)) / 1e9
-    (row,) = bench_serve([System("one", lambda: model)], [budget], None, SHORT, seconds=0.4)
+    (row,) = bench_capacity([System("one", lambda: model)], [budget], None, SHORT, seconds=0.4)
     assert row.labels["cache"] == "paged"
     assert row.measures["sequences"].median > 3  # type: ignore[union-attr]
 
 
 def test_a_reserve_that_is_too_short_is_refused() -> None:
     with pytest.raises(UsageError, match="--reserve 100"):
-        bench_serve([], [1.0], 100)
+        bench_capacity([], [1.0], 100)
 
 
 def test_a_model_of_fewer_positions_is_refused() -> None:
     with pytest.raises(UsageError, match="2048 tokens, prompt and new ones, exceed the 128 positions of one"):
-        bench_serve([System("one", make_model)], [1.0])
+        bench_capacity([System("one", make_model)], [1.0])

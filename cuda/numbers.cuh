@@ -38,9 +38,10 @@ __device__ __forceinline__ float e4m3_value(unsigned code) {
   return __uint_as_float((code + (120u << 3)) << 20);
 }
 
-// Biased exponent of the power-of-two scale of an E2M1 group: floor(log2(absmax)) - 2 (OCP Microscaling).
+// Biased exponent of the power-of-two scale of an E2M1 group: floor(log2(absmax)) - 2, one more from a mantissa of 1.75
+// on, so that the largest value is at most 7 in units of the scale.
 __device__ __forceinline__ unsigned e8m0_code(float absmax) {
-  int exponent = (int)(__float_as_uint(absmax) >> 23) - 2;
+  int exponent = (int)((__float_as_uint(absmax) + 0x00200000u) >> 23) - 2;
   return exponent > 0 ? (unsigned)exponent : 0u;
 }
 

@@ -18,7 +18,7 @@ _E8M0_BIAS = 127
 def group_scales(absmax: Tensor, format: WeightFormat, tensor_scale: Tensor | None = None) -> Tensor:
     """Stored group scales (..., G) of groups whose clipped absolute maximum is `absmax` (..., G) fp32.
 
-    fp16: absmax / grid maximum. e8m0: 2^(floor(log2 absmax) - 2), the OCP rule, as a biased uint8 exponent.
+    fp16: absmax / grid maximum. e8m0: see `e8m0_exponents`.
     e4m3: absmax / 6 in units of `tensor_scale`. Two-level scales need a row scale: see `multipliers`.
     """
     if format.scale == "fp16":
@@ -32,9 +32,14 @@ def group_scales(absmax: Tensor, format: WeightFormat, tensor_scale: Tensor | No
 
 
 def e8m0_exponents(absmax: Tensor) -> Tensor:
-    """Biased power-of-two exponents (uint8) for E2M1 groups; an all-zero group gets the smallest."""
-    _, exponent = torch.frexp(absmax)  # absmax = mantissa * 2^exponent with mantissa in [0.5, 1)
-    biased = exponent - 1 - 2 + _E8M0_BIAS
+    """Biased power-of-two exponents (uint8) for E2M1 groups; an all-zero group gets the smallest.
+
+    The largest value lands in 3.5 ... 7, where E2M1 ends at 6. The OCP rule, floor(log2 absmax) - 2, lets it reach 8
+    and cuts off up to a quarter of it; going to the next power from a mantissa of 1.75 on, as compressed-tensors does,
+    costs the group less.
+    """
+    mantissa, exponent = torch.frexp(absmax)  # absmax = mantissa * 2^exponent with mantissa in [0.5, 1)
+    biased = exponent - 1 - 2 + _E8M0_BIAS + (mantissa >= 0.875).to(exponent.dtype)
     return torch.where(absmax > 0, biased, 0).clamp(0, 254).to(torch.uint8)
 
 

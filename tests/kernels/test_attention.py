@@ -140,5 +140,5 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
             attention.decode(*bad, SCALING)
     with pytest.raises(UnsupportedError, match="rope"):
         attention.decode(*good, SCALING, key_bias=torch.zeros(2, 64))
-    with pytest.raises(UnsupportedError, match="out must be"):
+    with pytest.raises(UnsupportedError, match="output must be"):
         attention.decode(*good, SCALING, out=torch.empty(2, 4, 32, dtype=torch.bfloat16))

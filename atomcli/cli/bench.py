@@ -210,6 +210,7 @@ def attention(
 
 @app.command("accuracy")
 @command
+@reportable
 def accuracy(
     model: options.Model,
     *,

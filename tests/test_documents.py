@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 import typer
 import yaml
 from markdown_it import MarkdownIt
@@ -28,6 +27,7 @@ from atomcli.checkpoint.gguf import GGUFSource
 from atomcli.cli.app import app, run
 from atomcli.cli.console import Console, console
 from atomcli.recipe import load_recipe
+from tests.helpers.bytes_model import write_bytes_model
 
 ROOT = Path(__file__).parents[1]
 # Measured tables and the log are records of what was run then, not instructions.
@@ -120,31 +120,9 @@ def check(block: Block) -> None:
 
 @pytest.fixture(scope="module")
 def small_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that every shipped recipe fits, with a tokenizer of single bytes."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
+    """A model that every shipped recipe fits."""
     directory = tmp_path_factory.mktemp("models") / "demo"
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {letter: index for index, letter in enumerate(["<s>", "</s>", *letters])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=256,
-        intermediate_size=384,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=8192,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(directory)
-    return directory
+    return write_bytes_model(directory, hidden_size=256, intermediate_size=384, max_position_embeddings=8192)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 
 from atomcli.cli.options import default_output
 from atomcli.pipeline import road
-from tests.cli.conftest import write_tiny_model
+from tests.helpers.bytes_model import write_bytes_model
 
 
 def test_quantize_ends_with_the_commands_one_wants_next(atom, tiny_model, quantize_options, tmp_path, snapshot):
@@ -202,7 +202,7 @@ def test_the_default_output_for_here_has_the_name_of_the_directory(tmp_path, mon
 
 
 def test_bench_model(atom, quantize_options, tmp_path):
-    model = write_tiny_model(tmp_path / "wide", head_dim=32)  # no page is made for smaller heads
+    model = write_bytes_model(tmp_path / "wide", head_dim=32)  # no page is made for smaller heads
     checkpoint = tmp_path / "wide-w4a4"
     assert atom("quantize", model, "-o", checkpoint, *quantize_options).code == 0
     arguments = ["--against", model, "--context", 16, "--new-tokens", 2, "--repeats", 1]

@@ -48,7 +48,7 @@ def doctor() -> None:
 
 
 def _first_command() -> str:
-    """The one command to type: the demo model in the most accurate scheme that a kernel of this machine serves."""
+    """The one command to type: the demo model in the first of these schemes that a kernel of this machine serves."""
     import torch
 
     from atomcli.kernels import dispatch

@@ -18,7 +18,7 @@ from atomcli.checkpoint.writer import finish, publish, refuse_occupied, shard_fi
 from atomcli.errors import InputError, RunError
 from atomcli.formats.scheme import Scheme
 from atomcli.integrations.comparison import Comparison, Cost
-from atomcli.integrations.compressed_tensors.schema import NVFP4, TARGET, format_of, quantization_config
+from atomcli.integrations.compressed_tensors.schema import NVFP4, PACKED, TARGET, format_of, quantization_config
 from atomcli.integrations.compressed_tensors.tensors import from_tensors, to_tensors
 from atomcli.integrations.portable import Passage, What, natural_weight, restate
 from atomcli.integrations.reading import Linear, Reading
@@ -31,14 +31,15 @@ from atomcli.version import __version__
 if TYPE_CHECKING:
     from atomcli.checkpoint.source import Source
 
-_USE = """
+_SERVE = """
 ## Use
 
 ```sh
 pip install vllm
 vllm serve THIS_MODEL
 ```
-
+"""
+_LOAD = """
 ```python
 from transformers import AutoModelForCausalLM  # pip install compressed-tensors
 
@@ -78,7 +79,12 @@ def next_commands(out: Path, reading: Reading, route: Route) -> list[str]:
         # Engines quantize the cache themselves, by their own rule.
         serve += ["--kv-cache-dtype", f"{reading.plan.kv_cache.element}_per_token_head"]
     load = f"from transformers import AutoModelForCausalLM as M; M.from_pretrained({str(out)!r})"
-    return [shlex.join(serve), f'python -c "{load}"']
+    return [shlex.join(serve)] + ([f'python -c "{load}"'] if transformers_reads(route) else [])
+
+
+def transformers_reads(route: Route) -> bool:
+    """Whether transformers can run the export: of experts it unpacks one format and trips over others."""
+    return all(".experts." not in name or format_of(scheme) == PACKED for name, scheme in route.schemes().items())
 
 
 def export(
@@ -138,7 +144,8 @@ def _card(reading: Reading, route: Route, size: int, cost: Cost | None) -> str:
     if route.obstacles:
         listed = "\n".join(f"* {obstacle.why}" for obstacle in route.obstacles)
         notes = f"What atom's checkpoint has and this format can't hold was traded:\n\n{listed}"
-    return card(parent, summary, ["atom", "compressed-tensors", "quantized"], _USE, notes)
+    use = _SERVE + (_LOAD if transformers_reads(route) else "")
+    return card(parent, summary, ["atom", "compressed-tensors", "quantized"], use, notes)
 
 
 def _write_block(

@@ -291,3 +291,14 @@ def test_the_card_says_what_was_traded_and_what_it_cost(quantized, tmp_path):
     verify_files(tmp_path / "out")
     exported(quantized(small("w4a16-plain")), tmp_path / "exact")
     assert "without loss" in (tmp_path / "exact" / "README.md").read_text()
+
+
+def test_transformers_is_suggested_where_it_reads_the_experts(quantized, tmp_path):
+    for name, family, reads in (("w8a8", "mixtral", False), ("w4a16-plain", "mixtral", True), ("w8a8", "llama", True)):
+        reading, out = Reading(quantized(small(name), family)), tmp_path / f"{name}-{family}"
+        route = ct.plan_route(reading, {})
+        ct.export(reading, route, out)
+        card, typed = (out / "README.md").read_text(), " ".join(ct.next_commands(out, reading, route))
+        assert ("from_pretrained" in card) == ("from_pretrained" in typed) == reads
+        assert "vllm serve" in card
+        assert "vllm serve" in typed

@@ -1,4 +1,4 @@
-// The consumers of the integer GEMM on sm_90a: warpgroups that multiply, add up, scale and store.
+// The consumers of the GEMM on sm_90a: warpgroups that multiply, add up, scale and store.
 #pragma once
 #include "gemm_sm90a_tiles.cuh"
 #include "mma.cuh"
@@ -9,26 +9,27 @@ struct Consumer {
     const Problem& problem;
     const Place place;
     const Ring ring;
-    int4* exchange;    // sums of the other K groups
+    Sum4* exchange;    // sums of the other K groups
     uint8* staging;    // two buffers of this warpgroup's output on its way from registers to memory
     const int group, row_group, k_group, thread, warp, lane;
     RingPosition at;
 
-    using Sums = int[TOKENS / 2];
+    using Sums = Sum[TOKENS / 2];
 
     INLINE Consumer(const Problem& problem, const Place& place, const Ring& ring, uint8* shared, int group)
-        : problem(problem), place(place), ring(ring), exchange(reinterpret_cast<int4*>(shared)), group(group),
+        : problem(problem), place(place), ring(ring), exchange(reinterpret_cast<Sum4*>(shared)), group(group),
           row_group(group % ROW_GROUPS), k_group(group / ROW_GROUPS), thread(threadIdx.x % WARPGROUP),
           warp(thread / 32), lane(thread % 32) {
         staging = shared + EXCHANGE_BYTES + row_group * 2 * STORE_TOKENS * STORE_PITCH;
     }
 
-    INLINE void multiply(Sums& sums, WeightFragment& fragment, int block) {
+    INLINE void multiply(Sums& sums, Fragment& fragment, int block) {
         unpack(fragment, ring.weights(at.stage, row_group, block), thread);
         const uint64 operand = operand_descriptor(ring.activations(at.stage, block));
         mma_fence();
 #pragma unroll
-        for (int step = 0; step < 4; ++step) mma(sums, fragment.step[step], operand + step * DESCRIPTOR_K32);
+        for (int step = 0; step < 4 * PLANES; ++step)
+            mma(sums, fragment.step[step], operand + step / 4 * TOKENS * DESCRIPTOR_ROW + step % 4 * DESCRIPTOR_K32);
         mma_commit();
     }
 
@@ -37,7 +38,7 @@ struct Consumer {
     // MMAs in flight only through straight code: stages that are not full come last, one at a time.
     INLINE void multiply_blocks(Sums& sums, int blocks) {
         constexpr int TOGETHER = FRAGMENTS > VISITS ? FRAGMENTS / VISITS : 1;  // stages, so that fragments have constant indices
-        WeightFragment fragments[FRAGMENTS];
+        Fragment fragments[FRAGMENTS];
         int previous = -1;
 #pragma unroll 1
         for (; blocks >= TOGETHER * STAGE_BLOCKS; blocks -= TOGETHER * STAGE_BLOCKS) {
@@ -70,7 +71,7 @@ struct Consumer {
 
     // Sums of the other K groups come to the first one through shared memory.
     INLINE void reduce_k_groups(Sums& sums) {
-        constexpr int WARP_SUMS = TOKENS / 8 * 32;  // int4 of one warp
+        constexpr int WARP_SUMS = TOKENS / 8 * 32;  // Sum4 of one warp
         constexpr int MEMBERS = K_GROUPS * WARPGROUP;
         const auto of = [&](int other) { return exchange + (((other - 1) * ROW_GROUPS + row_group) * 4 + warp) * WARP_SUMS; };
         named_barrier_sync(1 + row_group, MEMBERS);  // the last segment's sums have been read
@@ -80,7 +81,7 @@ struct Consumer {
         for (int other = 1; other < K_GROUPS; ++other) add_partial(sums, of(other), lane);
     }
 
-    INLINE int4* partial(int block) const { return problem.partials + ((block * ROW_GROUPS + row_group) * 4 + warp) * (TOKENS / 8 * 32); }
+    INLINE Sum4* partial(int block) const { return problem.partials + ((block * ROW_GROUPS + row_group) * 4 + warp) * (TOKENS / 8 * 32); }
     INLINE int* flag(int block) const { return problem.flags + (block * ROW_GROUPS + row_group) * 4 + warp; }
 
     // Warps exchange with the same warp of the other block: no barrier is wider than a warp.
@@ -229,7 +230,7 @@ struct Consumer {
             }
             const int split_tile = segment.tile - schedule.whole;
             if (split_tile >= 0 && segment.first > 0) take(sums, split_tile * schedule.units);
-            if (problem.outlier_weights) finish<true>(sums, segment);
+            if (TAKES_OUTLIERS && problem.outlier_weights) finish<true>(sums, segment);
             else finish<false>(sums, segment);
         }
     }

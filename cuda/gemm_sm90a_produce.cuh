@@ -1,4 +1,4 @@
-// The producers of the integer GEMM on sm_90a: two threads that fill the ring.
+// The producers of the GEMM on sm_90a: two threads that fill the ring.
 #pragma once
 #include "gemm_sm90a_tiles.cuh"
 
@@ -76,7 +76,7 @@ INLINE void produce_weights(const Problem& problem, const Place& place, const Ri
 // Activations and their scales.
 INLINE void produce_activations(const Problem& problem, const Place& place, const Ring& ring) {
     const uint64 policy = policy_evict_last();
-    const long long block_bytes = static_cast<long long>(problem.padded_tokens) * BLOCK_K;
+    const long long plane_bytes = static_cast<long long>(problem.padded_tokens) * 128;
     const bool outliers = problem.outlier_weights;
     const uint8* source = nullptr;
     int tokens = 0;  // of the tile that exist
@@ -86,13 +86,14 @@ INLINE void produce_activations(const Problem& problem, const Place& place, cons
 #pragma unroll 1
     for (Walk walk(problem, place); walk.next(entered); walk.advance(), at.advance()) {
         if (entered) {
-            source = problem.activations + walk.unit * block_bytes + walk.corner.token * BLOCK_K;
+            source = problem.activations + walk.unit * PLANES * plane_bytes + walk.corner.token * 128;
             const int end = EXPERTS ? (walk.corner.last_token + 7) / 8 * 8 : problem.padded_tokens;
             tokens = min(TOKENS, end - walk.corner.token);
         }
         ring.wait_empty(at);
         uint64& full = ring.full[at.stage];
-        int operand = walk.count * tokens * BLOCK_K;
+        const int planes = walk.count * PLANES;
+        int operand = planes * tokens * 128;
         if (walk.at_finish()) {
             if (!outliers) operand = 0;
             const int bytes = tokens * 4;
@@ -108,15 +109,15 @@ INLINE void produce_activations(const Problem& problem, const Place& place, cons
         if (CLUSTER > 1) {
             // Each block of the cluster copies its share of the tokens to all of them.
             constexpr int SHARE = TOKENS / CLUSTER;
-            const int offset = place.rank * SHARE * BLOCK_K, bytes = min(SHARE, tokens - place.rank * SHARE) * BLOCK_K;
-            for (int block = 0; block < walk.count && bytes > 0; ++block, source += block_bytes)
-                bulk_copy_multicast(ring.activations(at.stage, block) + offset, source + offset, bytes, full, (1 << CLUSTER) - 1, policy);
-        } else if (problem.padded_tokens == TOKENS && tokens == TOKENS) {  // then blocks follow each other without a gap
+            const int offset = place.rank * SHARE * 128, bytes = min(SHARE, tokens - place.rank * SHARE) * 128;
+            for (int plane = 0; plane < planes && bytes > 0; ++plane, source += plane_bytes)
+                bulk_copy_multicast(ring.plane(at.stage, plane) + offset, source + offset, bytes, full, (1 << CLUSTER) - 1, policy);
+        } else if (problem.padded_tokens == TOKENS && tokens == TOKENS) {  // then planes follow each other without a gap
             bulk_copy(ring.activations(at.stage), source, operand, full, policy);
             source += operand;
         } else {
-            for (int block = 0; block < walk.count; ++block, source += block_bytes)
-                bulk_copy(ring.activations(at.stage, block), source, tokens * BLOCK_K, full, policy);
+            for (int plane = 0; plane < planes; ++plane, source += plane_bytes)
+                bulk_copy(ring.plane(at.stage, plane), source, tokens * 128, full, policy);
         }
     }
 }

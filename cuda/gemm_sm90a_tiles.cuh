@@ -1,12 +1,14 @@
-// The integer GEMM on sm_90a: its parameters, the ring of stages, and which tiles a block takes.
+// The GEMM with unpacked weights on sm_90a: its parameters, the ring of stages, and which tiles a block takes.
 #pragma once
 #include "load.cuh"
 #include "schedule.cuh"
+#include "store.cuh"
 #include "unpack.cuh"
 
 // TOKENS, ROW_GROUPS, K_GROUPS, STAGES, STAGE_BLOCKS, CLUSTER, BLOCKS_PER_SM, FRAGMENTS, EXPERTS and OUTPUT come from
 // the compiler's command line. With two FRAGMENTS a warpgroup unpacks its next block while the MMAs of the last one run.
 __device__ constexpr int min_of(int a, int b) { return a < b ? a : b; }
+using Sum4 = FourOf<Sum>::Type;
 constexpr int WARPGROUP = 128;
 constexpr int CONSUMER_GROUPS = ROW_GROUPS * K_GROUPS;
 constexpr bool LARGE = BLOCKS_PER_SM == 1;  // registers move from a producer warpgroup to the consumers
@@ -19,7 +21,9 @@ constexpr bool ROOMY = LARGE && CONSUMER_GROUPS <= 2;
 constexpr int VISITS = STAGE_BLOCKS / K_GROUPS;  // blocks of a stage that one warpgroup multiplies
 static_assert(STAGE_BLOCKS % K_GROUPS == 0 && (VISITS == 1 || VISITS == 2), "a warpgroup takes one or two blocks per stage");
 
-constexpr int OPERAND_BYTES = TOKENS * BLOCK_K;  // activations of one block
+constexpr int PLANE_BYTES = TOKENS * 128;              // 128 bytes of each token: what one swizzled operand is wide
+constexpr int OPERAND_BYTES = PLANES * PLANE_BYTES;    // activations of one block
+constexpr bool TAKES_OUTLIERS = PLANES == 1;           // they are INT8, as the body's operands must be then
 constexpr int STAGE_BYTES = (STAGE_BLOCKS * (OPERAND_BYTES + ROW_GROUPS * WEIGHT_BYTES) + 1023) / 1024 * 1024;
 static_assert(ROW_GROUPS * INT8_BLOCK_BYTES <= STAGE_BYTES, "a stage must hold the outlier weights of the tile");
 constexpr int EXCHANGE_BYTES = (K_GROUPS - 1) * ROW_GROUPS * BLOCK_ROWS * TOKENS * 4;
@@ -34,14 +38,14 @@ constexpr int SHARED_BYTES = 1024 + STAGES * STAGE_BYTES + EXCHANGE_BYTES + STOR
 struct Problem {
     const uint8* weights;           // [row group of 64][block][WEIGHT_BYTES]
     const uint8* outlier_weights;   // [row group][INT8_BLOCK_BYTES], or null
-    const uint8* activations;       // [block, the outliers' last][padded_tokens][128], swizzled
+    const uint8* activations;       // [block, the outliers' last][plane][padded_tokens][128 bytes], swizzled
     const float* row_scale;         // [row groups * 64]
     const float* outlier_row_scale;
     const float* token_scale;       // [padded_tokens]
     const float* outlier_token_scale;
     const float* bias;              // [rows], or null
     uint16* output;                 // [tokens][rows]
-    int4* partials;                 // one tile for each block of the grid
+    Sum4* partials;                 // one tile for each block of the grid
     int* flags;                     // one for each warp that owns rows, zero between launches
     const int* expert_starts;       // [EXPERTS + 1], where each expert's tokens begin
     int rows, tokens, padded_tokens, blocks, row_tiles, token_tiles, split_tiles;  // with experts: split all or none
@@ -69,7 +73,8 @@ struct Ring {
     uint8* stages;
     uint64 *full, *empty;
 
-    INLINE uint8* activations(int stage, int block = 0) const { return stages + stage * STAGE_BYTES + block * OPERAND_BYTES; }
+    INLINE uint8* activations(int stage, int block = 0) const { return plane(stage, block * PLANES); }
+    INLINE uint8* plane(int stage, int index) const { return stages + stage * STAGE_BYTES + index * PLANE_BYTES; }
     INLINE uint8* weights(int stage, int row_group, int block) const {
         return stages + stage * STAGE_BYTES + STAGE_BLOCKS * OPERAND_BYTES + (row_group * STAGE_BLOCKS + block) * WEIGHT_BYTES;
     }

@@ -1,7 +1,9 @@
 // INT8 weights with one scale per row, times INT8 operands with one scale per token.
 #include "unpack.cuh"
 
-constexpr int WEIGHT_BYTES = INT8_BLOCK_BYTES;
-INLINE void unpack(WeightFragment& fragment, const uint8* block, int thread) { unpack_int8(fragment, block, thread); }
+constexpr int WEIGHT_BYTES = INT8_BLOCK_BYTES, PLANES = 1;
+using Sum = int;
+using Fragment = WeightFragment;
+INLINE void unpack(Fragment& fragment, const uint8* block, int thread) { unpack_int8(fragment, block, thread); }
 
 #include "gemm_sm90a.cuh"

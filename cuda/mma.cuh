@@ -21,6 +21,11 @@ template <int IN_FLIGHT = 0, int COUNT> INLINE void mma_wait_for(int (&accumulat
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) asm volatile("" : "+r"(accumulator[i])::"memory");
 }
+template <int IN_FLIGHT = 0, int COUNT> INLINE void mma_wait_for(float (&accumulator)[COUNT]) {
+    mma_wait<IN_FLIGHT>();
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(accumulator[i])::"memory");
+}
 
 // The operand lists below are what inline assembly needs: %0 ... for D, then the four registers of A, then the descriptor of B.
 #define P0 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"

@@ -1,7 +1,7 @@
-// From integer sums to the real result.
+// From sums of products to the real result.
 #pragma once
 #include "load.cuh"
 
-INLINE float promote(int sum, float row_scale, float token_scale, float other) {
+template <class Sum> INLINE float promote(Sum sum, float row_scale, float token_scale, float other) {
     return __fmaf_rn(static_cast<float>(sum) * row_scale, token_scale, other);
 }

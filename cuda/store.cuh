@@ -1,4 +1,4 @@
-// Getting results out of an SM: 16-bit outputs through shared memory, and integer partial sums handed from block to block.
+// Getting results out of an SM: 16-bit outputs through shared memory, and partial sums handed from block to block.
 #pragma once
 #include "load.cuh"
 
@@ -41,16 +41,19 @@ INLINE void wait_for_flag(const int* flag) {
 
 // ---- a warp's accumulators as partial sums in shared or global memory, 16 bytes per lane at a time
 
-template <int COUNT> INLINE void store_partial(int4* partial, const int (&sum)[COUNT], int lane) {
+template <class Number> struct FourOf;
+template <> struct FourOf<int> { using Type = int4; };
+template <> struct FourOf<float> { using Type = float4; };
+
+template <class Number, int COUNT> INLINE void store_partial(typename FourOf<Number>::Type* partial, const Number (&sum)[COUNT], int lane) {
 #pragma unroll
-    for (int i = 0; i < COUNT / 4; ++i)
-        partial[i * 32 + lane] = make_int4(sum[4 * i], sum[4 * i + 1], sum[4 * i + 2], sum[4 * i + 3]);
+    for (int i = 0; i < COUNT / 4; ++i) partial[i * 32 + lane] = {sum[4 * i], sum[4 * i + 1], sum[4 * i + 2], sum[4 * i + 3]};
 }
 
-template <int COUNT> INLINE void add_partial(int (&sum)[COUNT], const int4* partial, int lane) {
+template <class Number, int COUNT> INLINE void add_partial(Number (&sum)[COUNT], const typename FourOf<Number>::Type* partial, int lane) {
 #pragma unroll
     for (int i = 0; i < COUNT / 4; ++i) {
-        const int4 other = partial[i * 32 + lane];
+        const auto other = partial[i * 32 + lane];
         sum[4 * i] += other.x;
         sum[4 * i + 1] += other.y;
         sum[4 * i + 2] += other.z;

@@ -1,4 +1,4 @@
-// From transformed channels to scales and codes, and where they are stored: the part of quantize_activations.cu that is
+// From transformed channels to scales and codes, and where they are stored: the part of quantize_rows.cuh that is
 // the rule of atomcli/formats/activations.py. Its parameters are the including file's.
 #pragma once
 

@@ -71,7 +71,7 @@ class GGUFSource(Source):
         from huggingface_hub.errors import StrictDataclassError
 
         try:
-            return build_config(self._metadata, self._tensors, self._rotary_factors, str(self.path))
+            return build_config(self._metadata, self._tensors, self._rotary_factors, str(self.path), self._vocabulary())
         except (StrictDataclassError, TypeError, ValueError, KeyError, ZeroDivisionError, OverflowError) as error:
             raise InputError(
                 f"The metadata of {self.path} describes no model: {one_line(error)}", "Download the file again."
@@ -115,6 +115,11 @@ class GGUFSource(Source):
         raw = np.frombuffer(read_range(file, start, length, f"tensor {placed.tensor}"), dtype=np.uint8)
         tensor = _dequantize(raw, stored, shape, file)
         return _deinterleave(tensor, placed.heads) if placed.heads else tensor
+
+    def _vocabulary(self) -> int:
+        """Rows of the embedding; 0 for a file without one, which is refused when the tensors are placed."""
+        stored = self._tensors.get("token_embd.weight")
+        return int(stored[1].shape[-1]) if stored is not None else 0
 
     def _rotary_factors(self) -> np.ndarray:
         file, stored = self._tensors[ROPE_FACTORS]

@@ -41,8 +41,11 @@ def build_config(
     tensors: Container[str],
     read_factors: Callable[[], np.ndarray],
     where: str,
+    vocabulary: int = 0,
 ) -> "PreTrainedConfig":
     """The config of a GGUF model in bfloat16; `read_factors` reads the rotary factors where the file has them.
+
+    vocabulary: rows of the embedding, which is what files go by whose metadata don't say a vocabulary's size.
 
     Raises UnsupportedError for an architecture or rope scaling that can't be expressed, InputError for absent keys.
     """
@@ -74,7 +77,7 @@ def build_config(
     fields: dict[str, Any] = {
         "architectures": [ARCHITECTURES[model_type]],
         "dtype": "bfloat16",
-        "vocab_size": int(metadata.get(f"{architecture}.vocab_size") or len(metadata["tokenizer.ggml.tokens"])),
+        "vocab_size": int(metadata.get(f"{architecture}.vocab_size") or vocabulary),
         "hidden_size": hidden,
         "intermediate_size": int(get("feed_forward_length")),
         "num_hidden_layers": int(get("block_count")),

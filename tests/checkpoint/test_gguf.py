@@ -121,6 +121,8 @@ def write_gguf(
 ) -> Path:
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in (METADATA | (metadata or {})).items():
+        if value is None:
+            continue
         add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
         add(f"{architecture}.{key}", value)
     writer.add_uint32("tokenizer.ggml.eos_token_id", 2)
@@ -258,6 +260,12 @@ def test_rope_scaling(keys: dict[str, Any], expected: dict[str, Any]) -> None:
     assert expected.items() <= config.rope_parameters.items()
     with pytest.raises(UnsupportedError, match="rope scaling 'longrope'"):
         build_config(metadata | {"qwen2.rope.scaling.type": "longrope"}, set(), lambda: np.empty(0), "m.gguf")
+
+
+def test_the_embedding_says_the_vocabulary_where_the_metadata_do_not(tmp_path: Path) -> None:
+    _, ours = tensors("qwen2", dense, True)
+    source = open_source(str(write_gguf(tmp_path / "m.gguf", "qwen2", ours, {"vocab_size": None})))
+    assert source.config.vocab_size == VOCAB == source.shape("model.embed_tokens.weight")[0]
 
 
 def test_parts_of_one_model(tmp_path: Path) -> None:

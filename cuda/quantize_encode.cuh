@@ -71,6 +71,7 @@ __device__ __forceinline__ void take_absmax(float& absmax, float& outlier_absmax
 __device__ __forceinline__ int nearest(float ratio, float low, float high) { return __float2int_rn(fminf(fmaxf(ratio, low), high)); }
 
 __device__ __forceinline__ unsigned code_of(float ratio) {
+  if (element == FLOAT) return float_to_half(ratio);
   if (element == E2M1) {
     unsigned code = e2m1_code(ratio);
     return container == E4M3 ? e4m3_of_e2m1(code) : code;
@@ -87,11 +88,18 @@ struct Factors {
 constexpr float per_int8 = (float)(1.0 / 127), per_e2m1 = (float)(1.0 / 6), per_level = (float)(1.0 / 15);
 constexpr float per_e4m3_of_e2m1 = (float)(1.0 / (6 * 448));
 
+// The power of two that brings an absolute maximum between 2^14 and 2^15: as large as fp16 holds it, and 16-bit numbers
+// divided by it come out as they are.
+__device__ __forceinline__ float power_scale(float absmax) {
+  int exponent = (int)(__float_as_uint(absmax) >> 23) - 14;
+  return absmax > 0.0f ? __uint_as_float((unsigned)max(exponent, 1) << 23) : 0.0f;
+}
+
 // The token's scale: of the codes (PER_TOKEN), of the integers (TWO_LEVEL), or the unit of the group scales (E4M3_GROUP).
 __device__ __forceinline__ float token_scale_of(float absmax, const Factors& factors) {
   switch (scales) {
     case PER_TOKEN:
-    case TWO_LEVEL: return __fmul_rn(absmax, factors.token);
+    case TWO_LEVEL: return element == FLOAT ? power_scale(absmax) : __fmul_rn(absmax, factors.token);
     case TWO_LEVEL_ASYMMETRIC: return __fmul_rn(__fmul_rn(absmax, factors.clip), per_int8);
     case E4M3_GROUP: return __fmul_rn(__fmul_rn(absmax, factors.clip), per_e4m3_of_e2m1);
     default: return 1.0f;
@@ -163,6 +171,23 @@ template <int bits> __device__ __forceinline__ void store_codes(unsigned char* t
   if constexpr (bytes == 4) *reinterpret_cast<unsigned*>(target) = words[0];
   if constexpr (bytes == 8) *reinterpret_cast<uint2*>(target) = make_uint2(words[0], words[1]);
   if constexpr (bytes == 16) *reinterpret_cast<uint4*>(target) = make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+// fp16 numbers: a row of 128 bytes has 64 channels, so that a k-block is two operand blocks, one behind the other.
+__device__ __forceinline__ void store_halves(unsigned char* operand, const unsigned (&codes)[channels_per_lane], int block, int position,
+                                             int token, int padded_tokens) {
+  constexpr int together = channels_per_lane < 8 ? channels_per_lane : 8;  // of a 16-byte chunk
+#pragma unroll
+  for (int i = 0; i < channels_per_lane; i += together) {
+    unsigned words[4] = {};
+#pragma unroll
+    for (int j = 0; j < together; j++) words[j / 2] |= codes[i + j] << j % 2 * 16;
+    int channel = position + i;
+    size_t row = (size_t)(2 * block + channel / 64) * padded_tokens + token;
+    unsigned char* target = operand + row * 128 + ((channel / 8 % 8 ^ (token & 7)) << 4) + channel % 8 * 2;
+    if constexpr (together == 4) *reinterpret_cast<uint2*>(target) = make_uint2(words[0], words[1]);
+    else *reinterpret_cast<uint4*>(target) = make_uint4(words[0], words[1], words[2], words[3]);
+  }
 }
 
 // Address of a byte in a 128-byte operand row: chunk c of row r lies at c ^ (r % 8).

@@ -20,8 +20,8 @@
 
 enum Prologue { PLAIN, NORM, ADD_NORM, SILU_MUL };
 enum Scales { PER_TOKEN, FP16_GROUP, E8M0_GROUP, E4M3_GROUP, TWO_LEVEL, TWO_LEVEL_ASYMMETRIC };
-enum Element { INT4, INT8, E2M1 };
-enum Container { S8, E4M3, NIBBLE };  // how a body code is stored: a signed byte, an e4m3 byte, half a byte
+enum Element { INT4, INT8, E2M1, FLOAT };  // FLOAT is not quantized: fp16 times a power of two
+enum Container { S8, E4M3, NIBBLE, F16 };  // how a body code is stored: a signed byte, an e4m3 byte, half a byte, two bytes
 
 using Input = INPUT;      // float, fp16 or bf16
 using Index = INDEX;      // of a channel, sign in the top bit: unsigned short or unsigned
@@ -415,7 +415,8 @@ __device__ __forceinline__ void quantize_staged(const Operand& to, const Input* 
 #pragma unroll
             for (int j = 0; j < channels_per_lane; j++) codes[j] = j < exist ? codes[j] : 0u;
           }
-          if (container == NIBBLE) store_codes<4>(to.codes + nibble_address(block, lane.position, token, to.padded_tokens), codes);
+          if (container == F16) store_halves(to.codes, codes, block, lane.position, token, to.padded_tokens);
+          else if (container == NIBBLE) store_codes<4>(to.codes + nibble_address(block, lane.position, token, to.padded_tokens), codes);
           else store_codes<8>(to.codes + byte_address(block, lane.position, token, to.padded_tokens), codes);
         } else {
           encode_outliers(codes, values[i][t], outliers_inverse[t]);

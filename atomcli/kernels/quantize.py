@@ -30,15 +30,16 @@ INPUTS = {torch.float32: "float", torch.float16: "fp16", torch.bfloat16: "bf16"}
 GROUP_SCALE_DTYPES = {"fp16": torch.float16, "e8m0": torch.uint8, "e4m3": torch.float8_e4m3fn}
 
 Prologue = Literal["plain", "norm", "add_norm", "silu_mul"]
-Container = Literal["s8", "e4m3", "nibble"]
+Container = Literal["s8", "e4m3", "nibble", "f16"]
 
 
 class Operand(NamedTuple):
     """What the GEMM reads: T tokens padded to T_pad, channels cut into k-blocks of 128, body first, outliers after.
 
     codes: uint8 (k-blocks, T_pad, 128), 16-byte chunks of a row swizzled by its number. Nibbles: (body k-blocks, T_pad,
-    64), and the outliers apart, in outlier_codes (outlier k-blocks, T_pad, 128), which is empty otherwise. token_scale,
-    outlier_scale: fp32 (T_pad,). group_scales: (G_pad, T_pad) in their stored dtype, G_pad groups of whole k-blocks;
+    64), and the outliers apart, in outlier_codes (outlier k-blocks, T_pad, 128), which is empty otherwise. Inputs that are
+    not quantized are fp16 numbers, 64 to a row: (2 k-blocks, T_pad, 128), times a token_scale that is a power of two.
+    token_scale, outlier_scale: fp32 (T_pad,). group_scales: (G_pad, T_pad) in their stored dtype, G_pad groups of whole k-blocks;
     beside nibbles and e4m3 bytes (k-blocks, T_pad, groups of a k-block), for the latter the fp32 values that a GEMM
     promotes with; empty where the format has none. Padding rows are zero.
     """
@@ -145,8 +146,8 @@ def silu_mul_quantize(
 def why_not(scheme: Scheme, in_features: int) -> str | None:
     """The reason why the kernels can't quantize inputs of this scheme, or None if they can."""
     activations = scheme.activations
-    if activations.element == "float":
-        return "the scheme keeps activations in 16 bits"
+    if activations.element == "float" and scheme.outliers:
+        return "outlier channels are INT8, and the scheme keeps activations in 16 bits"
     if activations.group is not None and activations.group > BLOCK:
         return f"activation groups have at most {BLOCK} channels, the scheme has {activations.group}"
     if activations.element == "int8" and activations.scale != "row":
@@ -344,7 +345,8 @@ def allocate(
     if container == "nibble":
         shapes = ((body_blocks, padded, BLOCK // 2), (outlier_blocks, padded, BLOCK))
     else:
-        shapes = ((body_blocks + outlier_blocks, padded, BLOCK), (0, padded, BLOCK))
+        planes = 2 if container == "f16" else 1
+        shapes = ((planes * body_blocks + outlier_blocks, padded, BLOCK), (0, padded, BLOCK))
     return (
         *(x.new_empty(shape, dtype=torch.uint8) for shape in shapes),
         x.new_empty((padded,), dtype=torch.float32),

@@ -15,7 +15,7 @@ from atomcli.errors import AtomError, UnsupportedError
 from atomcli.formats.layout import InputLayout
 from atomcli.formats.scheme import SCHEMES, Scheme
 from atomcli.formats.weights import QuantizedWeight
-from atomcli.kernels import compiler, gemm, group_gemm, layouts, quantize, warp_gemm
+from atomcli.kernels import compiler, gemm, gemv, group_gemm, layouts, quantize, warp_gemm
 from atomcli.kernels.group_layouts import pack_groups
 
 ARCHITECTURES = ("80", "86", "89", "90a", "100a", "120a")
@@ -91,13 +91,17 @@ def table(device: torch.device | str) -> dict[str, Choice]:
 
 @dataclass(frozen=True)
 class Product:
-    """y = x W^T of one layer on its kernel. Layers that read the same input alike may share its operand."""
+    """y = x W^T of one layer on its kernel. Layers that read the same input alike may share its operand.
+
+    `one_token`, where there is one, is the kernel that does all of it for a single token: `gemv.linear` of this layer.
+    """
 
     kernel: str
     scheme: Scheme
     layout: quantize.KernelLayout
     container: quantize.Container
     multiply: Callable[[quantize.Operand, int, torch.dtype, Tensor | None], Tensor]
+    one_token: Callable[..., tuple[Tensor, Tensor]] | None = None
 
     def quantize(self, x: Tensor) -> quantize.Operand:
         """The operand of x (tokens, in_features) fp32, fp16 or bf16."""
@@ -136,8 +140,12 @@ def prepare(weight: QuantizedWeight, layout: InputLayout) -> Product:
     kernel_layout = quantize.prepare_layout(layout, device)
     if layouts.scheme_reason(scheme) is None:
         packed = layouts.prepare_weight(weight)
-        linear = gemm.linear if choice.kernel.endswith("sm90a") else warp_gemm.linear
-        return Product(choice.kernel, scheme, kernel_layout, "s8", _with_weight(linear, packed))
+        if not choice.kernel.endswith("sm90a"):
+            return Product(choice.kernel, scheme, kernel_layout, "s8", _with_weight(warp_gemm.linear, packed))
+        multiply, one_token = _with_weight(gemm.linear, packed), None
+        if gemv.why_not(packed, compiler.multiprocessors(device)) is None:
+            one_token = partial(gemv.linear, weight=packed, scheme=scheme, layout=kernel_layout)
+        return Product(choice.kernel, scheme, kernel_layout, "s8", multiply, one_token)
     codes = group_gemm.codes_for(compiler.architecture(device))
     groups = pack_groups(weight, codes)
     container: quantize.Container = "e4m3" if codes == "e4m3" else "nibble"

@@ -7,6 +7,7 @@ kernel quantizes, and a kernel of its own where the input stays in 16 bits. With
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -159,7 +160,10 @@ class _Product:
 
 
 class _Quantized:
-    """Products that read one operand: quantized once, by the kernel that also does what comes before."""
+    """Products that read one operand: quantized once, by the kernel that also does what comes before.
+
+    For a single token and a single product that kernel multiplies, too.
+    """
 
     def __init__(self, products: Sequence[_Product]) -> None:
         self.products = products
@@ -167,17 +171,30 @@ class _Quantized:
         self.scheme, self.layout, self.container = first.scheme, first.layout, first.container
         self.kernels = [each.product.kernel for each in products]
         self.nbytes = sum(each.nbytes for each in products)
+        self.one_token: Callable[..., tuple[Tensor, Tensor]] | None = None
+        if len(products) == 1 and first.one_token is not None:
+            self.one_token = partial(first.one_token, bias=products[0].bias)
 
     def plain(self, x: Tensor) -> Tensor:
+        if len(x) == 1 and self.one_token is not None:
+            return self.one_token(x)[0]
         return self._multiply(quantize.quantize(x, self.scheme, self.layout, self.container), x)
 
     def normed(self, x: Tensor, residual: Tensor | None, norm: Norm, want: bool) -> tuple[Tensor, Tensor, Tensor]:
+        if len(x) == 1 and self.one_token is not None and not want:
+            before: dict[str, Any] = {"norm_weight": norm.weight, "epsilon": norm.epsilon}
+            if residual is None:
+                return self.one_token(x, prologue="norm", **before)[0], x, x
+            y, total = self.one_token(x, prologue="add_norm", other=residual, **before)
+            return y, total, x
         operand, total, rows = quantize.norm_quantize(
             x, norm.weight, norm.epsilon, self.scheme, self.layout, residual, want_normed=want, container=self.container
         )
         return self._multiply(operand, x), total, x if rows is None else rows
 
     def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        if len(gate) == 1 and self.one_token is not None:
+            return self.one_token(gate, prologue="silu_mul", other=up)[0]
         return self._multiply(quantize.silu_mul_quantize(gate, up, self.scheme, self.layout, self.container), gate)
 
     def _multiply(self, operand: quantize.Operand, x: Tensor) -> Tensor:

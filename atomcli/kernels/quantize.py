@@ -37,11 +37,11 @@ class Operand(NamedTuple):
     """What the GEMM reads: T tokens padded to T_pad, channels cut into k-blocks of 128, body first, outliers after.
 
     codes: uint8 (k-blocks, T_pad, 128), 16-byte chunks of a row swizzled by its number. Nibbles: (body k-blocks, T_pad,
-    64), and the outliers apart, in outlier_codes (outlier k-blocks, T_pad, 128), which is empty otherwise. Inputs that are
-    not quantized are fp16 numbers, 64 to a row: (2 k-blocks, T_pad, 128), times a token_scale that is a power of two.
-    token_scale, outlier_scale: fp32 (T_pad,). group_scales: (G_pad, T_pad) in their stored dtype, G_pad groups of whole k-blocks;
-    beside nibbles and e4m3 bytes (k-blocks, T_pad, groups of a k-block), for the latter the fp32 values that a GEMM
-    promotes with; empty where the format has none. Padding rows are zero.
+    64), and the outliers apart, in outlier_codes (outlier k-blocks, T_pad, 128), which is empty otherwise. What is not
+    quantized: fp16 numbers, 64 to a row, (2 k-blocks, T_pad, 128), times a token_scale that is a power of two.
+    token_scale, outlier_scale: fp32 (T_pad,). group_scales: (G_pad, T_pad) in their stored dtype, G_pad groups of whole
+    k-blocks; beside nibbles and e4m3 bytes (k-blocks, T_pad, groups of a k-block), for the latter the fp32 values that
+    a GEMM promotes with; empty where the format has none. Padding rows are zero.
     """
 
     codes: Tensor

@@ -30,6 +30,7 @@ class Tile:
     split: str = "none"
     blocks: int = 0
     fragments: int = 0
+    overlap: bool = False
 
     @property
     def rows(self) -> int:
@@ -46,9 +47,9 @@ class Tile:
         """Whether a consumer's thread has more than 200 registers."""
         return self.blocks_per_sm == 1 and self.row_groups * self.k_groups <= 2
 
-    def shared_bytes(self, weight_bytes: int) -> int:
-        """Dynamic shared memory, by the same formula as in the source."""
-        stage = self.stage_blocks * (self.tokens * BLOCK + self.row_groups * weight_bytes)
+    def shared_bytes(self, weight_bytes: int, planes: int = 1) -> int:
+        """Dynamic shared memory, by the same formula as in the source; `planes` of 128 bytes are a block of a token."""
+        stage = self.stage_blocks * (self.tokens * BLOCK * planes + self.row_groups * weight_bytes)
         exchange = (self.k_groups - 1) * self.row_groups * ROW_GROUP * self.tokens * 4
         store = self.row_groups * 2 * min(self.tokens, 32 if self.roomy and self.cluster == 1 else 16) * 144
         return 1024 + self.stages * (-(-stage // 1024) * 1024) + exchange + store
@@ -59,7 +60,7 @@ class Tile:
         values = asdict(self)
         fragments = self.fragments or (2 if self.roomy or self.tokens <= 16 else 1)
         parameters = {name.upper(): values[name] for name in names}
-        return parameters | {"FRAGMENTS": fragments, "EXPERTS": experts, "OUTPUT": OUTPUTS[output]}
+        return parameters | {"FRAGMENTS": fragments, "EXPERTS": experts, "OUTPUT": OUTPUTS[output], "OVERLAP": int(self.overlap)}
 
 
 def source(bits: int) -> str:

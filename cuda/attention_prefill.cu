@@ -4,6 +4,7 @@
 // see is passed over.
 
 #include "attention_bias.cuh"
+#include "attention_work.cuh"
 #include "chain.cuh"
 
 using Query = QUERY;  // bf16 or fp16
@@ -20,38 +21,6 @@ constexpr int bias_bytes = has_bias ? warps * (part_bytes + turned_bytes) + chun
 constexpr int warp_bytes = columns * head_dim * 2;  // queries as fragments, and results on their way out
 
 extern __shared__ __align__(1024) uint8 shared_bytes[];
-
-// Some queries of a sequence: `queries` of them, whose first is the sequence's query number `first`.
-struct Work {
-    int sequence, first, queries, start, length;
-
-    // The position of the sequence's query number `query`.
-    INLINE int position(int query) const { return length - queries + query; }
-};
-
-// Work number `index`, where each sequence is cut into blocks of `block_queries`; sequence -1 if there is none.
-INLINE Work find_work(const int* starts, const int* lengths, int sequences, int block_queries, int index) {
-    const int lane = threadIdx.x % 32;
-    for (int base = 0; base < sequences; base += 32) {
-        const int sequence = base + lane;
-        const int queries = sequence < sequences ? starts[sequence + 1] - starts[sequence] : 0;
-        const int blocks = (queries + block_queries - 1) / block_queries;
-        int until = blocks;
-#pragma unroll
-        for (int distance = 1; distance < 32; distance *= 2) {
-            const int before = __shfl_up_sync(all_lanes, until, distance);
-            if (lane >= distance) until += before;
-        }
-        int found = index >= until - blocks && index < until ? lane : -1;
-        for (int distance = 16; distance; distance /= 2) found = max(found, __shfl_xor_sync(all_lanes, found, distance));
-        if (found >= 0) {
-            const int before = __shfl_sync(all_lanes, until - blocks, found), all = __shfl_sync(all_lanes, queries, found);
-            return {base + found, (index - before) * block_queries, all, starts[base + found], lengths[base + found]};
-        }
-        index -= __shfl_sync(all_lanes, until, 31);
-    }
-    return {-1, 0, 0, 0, 0};
-}
 
 // What is needed of a column later on: the last token that it sees and its row of the output, -1 without a query.
 struct ColumnEnds {
@@ -71,19 +40,6 @@ struct Queries {
     INLINE uint2 fragment(int t, int j) const {
         if constexpr (in_registers) return make_uint2(pairs[t][j], pairs[t][j + 1]);
         else return fragments[(t * (channel_pairs / 2) + j / 2) * 32 + threadIdx.x % 32];
-    }
-};
-
-// The columns of a block: the queries that share the KV head of the first token, of the second, ...
-struct Columns {
-    const Work& work;
-    int group, block_queries;
-
-    INLINE int head(int column) const { return column % group; }
-    // The sequence's query number, or -1 for a column that has none.
-    INLINE int query(int column) const {
-        const int number = work.first + column / group;
-        return number < work.queries && column / group < block_queries ? number : -1;
     }
 };
 
@@ -143,11 +99,6 @@ INLINE Bias load_bias(uint8* shared, const BiasTables& tables, const Query* quer
     __syncwarp();
     return {steps, parts, reinterpret_cast<uint2*>(parts + columns * angles), scaling / power, tables};
 }
-
-// The tokens [first, end) that somebody in the block sees.
-struct Range {
-    int first, end;
-};
 
 // All threads of the block bring a chunk; tokens outside of the range become zeros.
 INLINE void copy_chunk(uint8* stage, const uint8* pool, const int* pages, long long page_stride, int chunk, const Range& range) {

@@ -50,9 +50,10 @@ def error_factor(hessian: Tensor, damping: float = DAMPING, rule: DampingRule = 
     identity = torch.eye(hessian.shape[0], dtype=torch.float32, device=hessian.device)
     while damping <= 1e4:
         # Decomposing the reversed matrix gives H = R R^T with R upper triangular, so U = R^-1 needs one solve.
-        lower, failed = torch.linalg.cholesky_ex(damped(hessian, damping, rule).flip(0, 1))
+        root, failed = torch.linalg.cholesky_ex(damped(hessian, damping, rule).flip(0, 1))
         if not bool(failed):
-            factor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+            root = root.flip(0, 1)  # one matrix less while the next two are made
+            factor = torch.linalg.solve_triangular(root, identity, upper=True)
             if bool(torch.isfinite(factor).all()):
                 return factor
         damping *= 10

@@ -27,6 +27,7 @@ from atomcli.checkpoint.tensorfile import TensorFile
 from atomcli.checkpoint.writer import publish, unfinished, write_shard
 from atomcli.errors import InputError, RunError, UsageError
 from atomcli.pipeline.ahead import Ahead, Behind
+from atomcli.pipeline.held import Held, held_on
 from atomcli.pipeline.journal import LOCK, Journal, differences, opened
 from atomcli.pipeline.model import Walk, full_name, start_walk
 from atomcli.pipeline.progress import Progress, Silent
@@ -149,7 +150,7 @@ def calibrate(
         walk.check_small_tensors()
         if ranks.first:
             write_shard(directory, TOKENS, {"tokens": tokens})
-        stream = _stream(walk, tokens, directory, len(journal.steps))
+        stream = _stream(walk, tokens, directory, len(journal.steps), held_on(walk.device))
         progress.begin("calibrate", walk.blocks)
         progress.advance(len(journal.steps))
         with ThreadPoolExecutor(2, "atom") as pool, journal.same_threads():
@@ -224,10 +225,10 @@ def write_embedded(walk: Walk, tokens: Tensor, stream: Stream, rows: list[range]
         stream.part(part).write(outputs, "the embedding", sync=False)
 
 
-def _stream(walk: Walk, tokens: Tensor, directory: Path, index: int) -> Stream:
+def _stream(walk: Walk, tokens: Tensor, directory: Path, index: int, held: Held | None) -> Stream:
     """The generation of the parent's stream that goes into block `index`."""
     shape = (tokens.shape[0], tokens.shape[1], walk.config.hidden_size)
-    return Stream(directory / f"parent-{index:05d}.stream", shape, walk.source.dtype)
+    return Stream(directory / f"parent-{index:05d}.stream", shape, walk.source.dtype, held=held)
 
 
 def _calibrate_block(
@@ -235,7 +236,8 @@ def _calibrate_block(
 ) -> tuple[Stream, dict[str, Tensor]]:
     """Run one block of the parent; returns the stream after it and its statistics, whole on the first process."""
     block = build_block(walk.family, walk.config, index, tensors)
-    after = Stream(stream.path.with_name(f"parent-{index + 1:05d}.stream"), stream.shape, stream.dtype)
+    path = stream.path.with_name(f"parent-{index + 1:05d}.stream")
+    after = Stream(path, stream.shape, stream.dtype, held=stream.held)
     at_once = AtOnce(walk.sequences_at_once(stream.shape[1]))
     attention = block.self_attn
     assert isinstance(attention, Attention)

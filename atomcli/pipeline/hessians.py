@@ -102,7 +102,7 @@ def watched(
                     linear = linear_in(block, name)
                     originals[name] = linear
                     weight = unrounded(target.layout.apply(linear.weight), scheme, linear.weight.dtype)
-                    quantize_linear(block, name, QuantLinear.from_weight(weight, target.layout, linear.bias))
+                    quantize_linear(block, name, _Watched.from_weight(weight, target.layout, linear.bias))
                 observed = block.get_submodule(target.linears[0])
                 assert isinstance(observed, QuantLinear)
                 observed.observer = see
@@ -112,6 +112,29 @@ def watched(
                 handle.remove()
             for name, original in originals.items():
                 block.set_submodule(name, original)
+
+
+class _Watched(QuantLinear):
+    """A linear in full precision whose input is quantized and watched."""
+
+    def forward(self, x: Tensor, add_bias: bool = True) -> Tensor:
+        """As any quantized linear, but on tensor cores: the weight has the model's 8 or 11 bits, x hardly more."""
+        with tensor_cores():
+            return super().forward(x, add_bias)
+
+
+@contextmanager
+def tensor_cores() -> Iterator[None]:
+    """Let products of fp32 matrices round their operands to 11 bits (TF32) on a GPU, where that is five times as fast.
+
+    Sums stay in fp32. What a token adds to a Hessian changes by less than a thousandth; damping adds a hundredth.
+    """
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def _seeing(

@@ -24,6 +24,7 @@ from atomcli.models.tensors import block_name
 from atomcli.pipeline import check, pack
 from atomcli.pipeline.ahead import Ahead, Behind
 from atomcli.pipeline.calibrate import Calibration, Statistics, write_embedded
+from atomcli.pipeline.held import Held, held_on
 from atomcli.pipeline.hessians import Hessian, InputsSeen, Target, pooled, watched
 from atomcli.pipeline.parameters import Outcome, cache_tensors, fold, input_ranges, quantize_block, targets
 from atomcli.pipeline.ranks import Ranks, owners
@@ -43,15 +44,15 @@ _LOG = logging.getLogger("atomcli")
 class Streams:
     """The three streams between two blocks: calibration sequences on the quantized model, and the proof's two."""
 
-    def __init__(self, walk: Walk, directory: Path, index: int, tokens: Tensor) -> None:
+    def __init__(self, walk: Walk, directory: Path, index: int, tokens: Tensor, held: Held | None) -> None:
         proof = check.check_tokens(tokens)
         hidden = int(walk.config.hidden_size)
 
-        def stream(name: str, like: Tensor) -> Stream:
+        def stream(name: str, like: Tensor, held: Held | None = None) -> Stream:
             path = directory / f"{name}-{index:05d}.stream"
-            return Stream(path, (like.shape[0], like.shape[1], hidden), walk.source.dtype)
+            return Stream(path, (like.shape[0], like.shape[1], hidden), walk.source.dtype, held=held)
 
-        self.calibration = stream("calibration", tokens)
+        self.calibration = stream("calibration", tokens, held)
         self.parent = stream("parent", proof)
         self.checkpoint = stream("checkpoint", proof)
 
@@ -72,6 +73,7 @@ class Road:
         self.names = plan.names()
         # Rounding to nearest needs no Hessians, hence no calibration sequences on the quantized model.
         self.with_hessians = recipe.weights.rounding == "gptq"
+        self._held = held_on(walk.device)
         self._at_once = AtOnce(walk.sequences_at_once(self.tokens.shape[1]))
         self._ahead: Ahead | None = None
         self._behind: Behind | None = None
@@ -90,7 +92,7 @@ class Road:
 
     def streams(self, index: int) -> Streams:
         """The streams that go into block `index`."""
-        return Streams(self.walk, self.directory, index, self.tokens)
+        return Streams(self.walk, self.directory, index, self.tokens, self._held)
 
     def block(self, index: int, journal: Journal) -> dict[str, Any]:
         """Quantize block `index`; its shard and the streams after it are on disk, and in the journal, a little later.
@@ -178,7 +180,7 @@ class Road:
         try:
             for done, place in enumerate(mine):
                 if hessians is not None:
-                    _make_room(hessians, mine[done:], walk.device)
+                    _make_room(hessians, mine[done:], walk.device, self._held)
                 outcomes += quantize_block(block, index, found, hessians, self.recipe, together, [place])
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -253,19 +255,25 @@ class Road:
 _WORKSPACE = 7
 
 
-def _make_room(hessians: list[Hessian | None], waiting: list[int], device: torch.device) -> None:
-    """Bring the first waiting Hessian to the device; the others go to the host where the GPU lacks room for them."""
+def _make_room(hessians: list[Hessian | None], waiting: list[int], device: torch.device, held: Held | None) -> None:
+    """Bring the first waiting Hessian to the device; where the GPU lacks room for it, what it holds of the hidden
+    states goes, and then the other Hessians go to the host."""
     if device.type != "cuda":
         return
     first, *others = (hessians[place] for place in waiting)
     assert first is not None
-    free, _ = torch.cuda.mem_get_info(device)
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    needed = _WORKSPACE * first.total.nbytes
+    if _free(device) < needed and held is not None:
+        held.release()
     for other in reversed(others):
-        if other is not None and other.total.is_cuda and free < _WORKSPACE * first.total.nbytes:
-            free += other.total.nbytes
+        if other is not None and other.total.is_cuda and _free(device) < needed:
             other.total = other.total.cpu()
     first.total = first.total.to(device)
+
+
+def _free(device: torch.device) -> int:
+    """Bytes of a GPU that nobody uses, those that torch keeps for later included."""
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def _cost(block: nn.Module, target: Target) -> float:

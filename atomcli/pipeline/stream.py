@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 
@@ -19,24 +20,37 @@ from torch import Tensor
 
 from atomcli.checkpoint.files import write_error
 from atomcli.errors import InputError, RunError
+from atomcli.pipeline.held import Held
 
 _LOG = logging.getLogger("atomcli")
 
 # Chunks of sequences are so large that the widest activation of a block takes about this much memory in fp32: on the
 # CPU what malloc reuses without asking the system (twice as fast as 64 MiB), on a GPU enough to fill it.
 _CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}
+# Bytes to which torch aligns what it allocates: products may differ in the last bit by where their operands lie.
+_ALIGNMENT = 512
 
 
 class Stream:
-    """Hidden states (sequences, tokens, hidden) in `dtype`, in one file; or those of some of the sequences (`rows`)."""
+    """Hidden states (sequences, tokens, hidden) in `dtype`, in one file; or those of some of the sequences (`rows`).
 
-    def __init__(self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, rows: range | None = None) -> None:
-        self.path, self.shape, self.dtype = path, shape, dtype
+    What `held` has of them is read from there; it is of the generation that was written last.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        rows: range | None = None,
+        held: Held | None = None,
+    ) -> None:
+        self.path, self.shape, self.dtype, self.held = path, shape, dtype, held
         self.rows = range(shape[0]) if rows is None else rows
 
     def part(self, rows: range) -> Stream:
         """The same stream, of which only these sequences are read and written."""
-        return Stream(self.path, self.shape, self.dtype, rows)
+        return Stream(self.path, self.shape, self.dtype, rows, self.held)
 
     @property
     def _row_bytes(self) -> int:
@@ -44,6 +58,11 @@ class Stream:
 
     def chunks(self, sequences: int) -> Iterator[Tensor]:
         """The hidden states, `sequences` at a time, each (n, tokens, hidden); InputError when the file is damaged."""
+        if self.held is not None and (slot := self.held.slot(self.rows)) is not None:
+            yield from (chunk.clone() if chunk.data_ptr() % _ALIGNMENT else chunk for chunk in slot.split(sequences))
+            return
+        if self.held is not None:
+            self.held.settle(self.path)
         row = self._row_bytes
         if not self.path.is_file() or self.path.stat().st_size != self.shape[0] * row:
             raise InputError(
@@ -54,7 +73,6 @@ class Stream:
             file.seek(self.rows.start * row)
             for start in range(0, len(self.rows), sequences):
                 rows = min(sequences, len(self.rows) - start)
-                # Aligned as torch aligns: products may differ in the last bit by where their operands lie.
                 chunk = torch.empty(rows, *self.shape[1:], dtype=self.dtype)
                 view, filled = memoryview(chunk.view(-1).view(torch.uint8).numpy().data), 0
                 while filled < len(view):
@@ -69,32 +87,67 @@ class Stream:
 
         Without `sync` the caller calls `sync` before it relies on the file.
         """
-        total, position = len(self.rows) * self._row_bytes, self.rows.start * self._row_bytes
+        slot = self.held.room(self.rows, self.shape[1:], self.dtype) if self.held is not None else None
+        written = self._write_to_file(chunks, where) if slot is None else self._hold(slot, chunks, where)
+        if written != len(self.rows):
+            raise RunError(f"{where} put out {written} sequences of hidden states instead of {len(self.rows)}")
+        if sync:
+            self.sync()
+
+    def _hold(self, slot: Tensor, chunks: Iterator[Tensor], where: str) -> int:
+        """Put all chunks where the GPU holds them, and begin to write them to the file; returns their sequences."""
+        assert self.held is not None
         written = 0
+        for chunk in chunks:
+            slot[written : written + chunk.shape[0]] = chunk
+            written += chunk.shape[0]
+        check_finite(slot, where)
+        self.held.keep(self.rows, slot)
+
+        def write(copy: Tensor) -> None:
+            with self._file() as file:
+                _write_all(file, copy.view(-1))
+
+        self.held.copy_out(slot, self.path, write)
+        return written
+
+    def _write_to_file(self, chunks: Iterator[Tensor], where: str) -> int:
+        """Write all chunks, each while the next is computed; returns their sequences."""
+        written = 0
+        with self._file() as file, ThreadPoolExecutor(1, "atom") as pool:
+            writing: Future[None] | None = None
+            for chunk in chunks:
+                check_finite(chunk, where)
+                flat = chunk.detach().to("cpu", self.dtype).contiguous().view(-1)
+                if writing is not None:
+                    writing.result()
+                writing = pool.submit(_write_all, file, flat)
+                written += chunk.shape[0]
+            if writing is not None:
+                writing.result()
+        return written
+
+    @contextmanager
+    def _file(self) -> Iterator[FileIO]:
+        """The file, as long as it will be and at the first of its sequences: each process writes its own part."""
+        total, position = len(self.rows) * self._row_bytes, self.rows.start * self._row_bytes
+        missing = total
         try:
             handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
             with os.fdopen(handle, "r+b", buffering=0) as file:
-                # At once as long as it will be: each process of a run writes its own part of it.
                 file.truncate(self.shape[0] * self._row_bytes)
                 file.seek(position)
-                # One chunk is written while the next is computed.
-                with ThreadPoolExecutor(1, "atom") as pool:
-                    writing: Future[int] | None = None
-                    for chunk in chunks:
-                        check_finite(chunk, where)
-                        flat = chunk.detach().to("cpu", self.dtype).contiguous().view(-1)
-                        written += writing.result() if writing is not None else 0
-                        writing = pool.submit(_write_all, file, flat)
-                    written += writing.result() if writing is not None else 0
-                if sync:
-                    os.fsync(file.fileno())
+                try:
+                    yield file
+                finally:
+                    missing -= file.tell() - position
         except OSError as error:
-            raise write_error(self.path, error, total, total - written) from error
-        if written != total:
-            raise RunError(f"{where} put out {written} bytes of hidden states instead of {total}")
+            raise write_error(self.path, error, total, missing) from error
 
     def sync(self) -> None:
         """Make what was written survive a power cut; RunError when the disk doesn't take it."""
+        if self.held is not None:
+            self.held.settle(self.path)
         try:
             with self.path.open("rb") as file:
                 os.fsync(file.fileno())
@@ -102,12 +155,11 @@ class Stream:
             raise write_error(self.path, error, 0, 0) from error
 
 
-def _write_all(file: FileIO, values: Tensor) -> int:
+def _write_all(file: FileIO, values: Tensor) -> None:
     """Write all bytes of values (n,) to an unbuffered file, which may take less than it is given."""
     data, done = memoryview(values.view(torch.uint8).numpy().data), 0
     while done < len(data):
         done += file.write(data[done:])
-    return done
 
 
 def _one_ahead(chunks: Iterator[Tensor]) -> Iterator[Tensor]:
@@ -157,7 +209,7 @@ def run(
 ) -> Iterator[Tensor]:
     """What `block` makes of each chunk of a stream; of halves of a chunk where memory doesn't suffice for it.
 
-    `again` is called before a chunk is computed anew.
+    What the GPU holds of the sequences makes room first. `again` is called before a chunk is computed anew.
     """
     limit = AtOnce(at_once) if isinstance(at_once, int) else at_once
     with torch.inference_mode():
@@ -171,7 +223,8 @@ def run(
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):
                         raise
-                    limit.halve(piece.shape[0], error)
+                    if stream.held is None or not stream.held.release():
+                        limit.halve(piece.shape[0], error)
                     if again is not None:
                         again()
                 if output is None:  # the memory that the error held is free only here

@@ -17,6 +17,7 @@ import atomcli.pipeline.road as road
 from atomcli.errors import InputError, RunError, UsageError
 from atomcli.pipeline.calibrate import calibrate
 from atomcli.pipeline.compress import compress
+from atomcli.pipeline.held import Held
 from atomcli.pipeline.journal import locked
 from tests.pipeline.conftest import files_of, small_recipe
 
@@ -242,3 +243,19 @@ def test_calibration_resumes_too(parent, tokens, tmp_path, monkeypatch):
     assert again.tokens.equal(tokens)
     with pytest.raises(UsageError, match="holds another calibration: tokens was"):
         calibrate(source, small_recipe(), tmp_path / "out", tokens=tokens[:2], device="cpu")
+
+
+@pytest.mark.parametrize("slots", [6, 3], ids=["all", "half"])
+def test_hidden_states_that_are_held_change_nothing(slots, expected, parent, tokens, tmp_path, monkeypatch):
+    """Nor does an interruption: the files beside them are those of a run that holds nothing."""
+    source = parent(**LAYERS)
+    limit = slots * tokens.shape[1] * source.config.hidden_size * 4  # slots of one sequence
+    for stage in (calibration_stage, road):
+        monkeypatch.setattr(stage, "held_on", lambda device: Held(device, limit))
+    for stage in (calibration_stage, road):
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, stage, "write_shard", 2)
+            with pytest.raises(Interrupted):
+                compress(source, small_recipe(), tmp_path / "out", tokens=tokens, device="cpu")
+    compress(source, small_recipe(), tmp_path / "out", tokens=tokens, device="cpu")
+    assert files_of(tmp_path / "out") == expected

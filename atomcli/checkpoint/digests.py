@@ -15,6 +15,8 @@ from atomcli.checkpoint.files import unreadable
 from atomcli.resources import cache_directory
 
 _CHUNK = 1 << 22
+# hashlib lets go of the interpreter lock, so threads scale until the disk is the limit.
+HASHING = min(4, os.cpu_count() or 1)
 
 
 def sha256_file(path: Path) -> str:
@@ -34,8 +36,7 @@ def file_digests(paths: list[Path]) -> list[str]:
     keys = [_identity(path) for path in paths]
     known = {key: digest for key in keys if (digest := _recall(key))}
     missing = [(key, path) for key, path in zip(keys, paths, strict=True) if key not in known]
-    # hashlib lets go of the interpreter lock, so threads scale until the disk is the limit.
-    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(HASHING) as pool:
         for (key, _), digest in zip(missing, pool.map(sha256_file, [path for _, path in missing]), strict=True):
             _remember(key, digest)
             known[key] = digest

@@ -2,13 +2,14 @@
 
 import logging
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from atomcli.checkpoint.digests import sha256_file
+from atomcli.checkpoint.digests import HASHING, sha256_file
 from atomcli.checkpoint.directory import CONFIG, INDEX, MODEL_DTYPES, load_config_json, parse_config
 from atomcli.checkpoint.files import is_file_name, one_line, read_json
 from atomcli.checkpoint.manifest import JOURNAL, Manifest, ShardRecord, read_manifest, read_report
@@ -122,8 +123,9 @@ def verify_files(path: Path) -> Manifest:
             raise InputError(f"{path / name} is missing", _AGAIN)
         if sha256_file(path / name) != file.sha256:
             raise InputError(f"{path / name} is not the file that was written: its SHA-256 differs", _AGAIN)
-    for shard in manifest.shards.values():
-        _verify_shard(path, shard, manifest)
+    with ThreadPoolExecutor(HASHING) as pool:
+        for checked in [pool.submit(_verify_shard, path, shard, manifest) for shard in manifest.shards.values()]:
+            checked.result()
     return manifest
 
 

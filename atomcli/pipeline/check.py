@@ -20,6 +20,7 @@ from atomcli.checkpoint.writer import shard_file
 from atomcli.errors import RunError
 from atomcli.models.tensors import block_name
 from atomcli.pipeline.model import Walk
+from atomcli.pipeline.progress import Progress
 from atomcli.pipeline.stream import Stream, run
 from atomcli.runtime.decoder import embed, empty_block, empty_model, logits, quantize_linear
 from atomcli.runtime.linear import QuantLinear
@@ -62,7 +63,13 @@ def divergence(model: PreTrainedModel, parent: Stream, checkpoint: Stream, devic
 
 
 def verify(
-    directory: Path, walk: Walk, tokens: Tensor, parent: Stream, road: Stream, expected: Divergence
+    directory: Path,
+    walk: Walk,
+    tokens: Tensor,
+    parent: Stream,
+    road: Stream,
+    expected: Divergence,
+    progress: Progress,
 ) -> Divergence:
     """Open the finished files in `directory` again and run them; RunError when they don't compute what the road did.
 
@@ -85,6 +92,7 @@ def verify(
         for index in range(walk.blocks):
             block = _reopened_block(directory, plan, walk, index).to(walk.device)
             before = [walk.forward(block, index, hidden) for hidden in before]
+            progress.advance(index + 1)
     reopened = Stream(road.path.with_name("reopened.stream"), road.shape, road.dtype)
     reopened.write(iter(before), "the reopened checkpoint")
     try:

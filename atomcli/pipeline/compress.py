@@ -139,9 +139,9 @@ def _work(
             for index in range(done, walk.blocks):
                 step = road.block(index, journal)
                 progress.advance(index + 1, f"error {_mean_error(step):.4f}")
-        progress.begin("verify", 1, "checkpoint")
-        report = write_rest(road, journal) if ranks.first else None
-        progress.advance(1)
+        progress.begin("verify", walk.blocks)
+        report = write_rest(road, journal, progress) if ranks.first else None
+        progress.advance(walk.blocks)
         progress.end()
     return report
 

@@ -19,13 +19,14 @@ from atomcli.checkpoint.writer import finish, shard_file, write_shard
 from atomcli.pipeline import check, pack
 from atomcli.pipeline.calibrate import tokens_digest
 from atomcli.pipeline.journal import Journal
+from atomcli.pipeline.progress import Progress
 from atomcli.pipeline.road import Road
 from atomcli.runtime.decoder import read_outer
 from atomcli.version import __version__
 
 
-def write_rest(road: Road, journal: Journal) -> dict[str, Any]:
-    """Everything outside the blocks: outer shard, config, tokenizer, index, report; then the proof."""
+def write_rest(road: Road, journal: Journal, progress: Progress) -> dict[str, Any]:
+    """Everything outside the blocks: outer shard, config, tokenizer, index, report; then the proof, block by block."""
     walk, directory, streams = road.walk, journal.directory, road.streams(road.walk.blocks)
     outer = read_outer(walk.family, walk.source)
     tensors = dict(outer.state_dict())
@@ -48,7 +49,7 @@ def write_rest(road: Road, journal: Journal) -> dict[str, Any]:
     write_text(directory / CARD, checkpoint_card(quantization=config["quantization_config"], size=size, **told))
     finish(directory, shards)
     proof = check.check_tokens(road.tokens)
-    found = check.verify(directory, walk, proof, streams.parent, streams.checkpoint, expected)
+    found = check.verify(directory, walk, proof, streams.parent, streams.checkpoint, expected, progress)
     report |= {"proof": asdict(found), "timings": _timings(journal)}
     write_json(directory / REPORT, report)
     return report

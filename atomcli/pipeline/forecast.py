@@ -21,11 +21,13 @@ import psutil
 import torch
 from torch import Tensor
 
+from atomcli.checkpoint.digests import HASHING
 from atomcli.checkpoint.source import Source
 from atomcli.errors import UsageError
 from atomcli.models.tensors import block_name, outer_shapes
 from atomcli.pipeline.budget import plan_bytes
 from atomcli.pipeline.compress import compress
+from atomcli.pipeline.held import WAITING, held_on
 from atomcli.pipeline.model import Walk, start_walk
 from atomcli.pipeline.ranks import SLOTS
 from atomcli.pipeline.select import groups_of, uniform
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _LOG = logging.getLogger("atomcli")
-_BLOCKS = 3  # the second is as those in the middle of a model: the one before is written, the one after read
+_BLOCKS = 3  # the first, one as all in the middle of a model (the one before is written, the one after read), the last
 _HASHED = 1 << 26  # bytes that are hashed to learn how long all of them take
 
 
@@ -119,20 +121,31 @@ def forecast(source: Source, recipe: Recipe, scratch: Path, device: torch.device
     chunk = min(walk.sequences_at_once(length), -(-samples // SLOTS))
     few = min(samples, 2 if chunk == 1 else SLOTS * chunk)
     many = min(samples, (4 if chunk == 1 else 2) * few)  # far enough apart to tell the slope from noise
-    trials: dict[int, dict[str, float]] = {}
-    memory: tuple[int, int | None] = (0, None)
+    trials: dict[int, dict[str, list[float]]] = {}
+    host, gpu = 0, None
     for number in sorted({few, many}):
-        trials[number], memory = _trial(Shallow(source, blocks), recipe, walk, number, length, scratch)
-    per_block = {stage: _at(samples, {n: times[stage] for n, times in trials.items()}) for stage in trials[few]}
-    quantize, verify = per_block.get("quantize", 0.0) + per_block.get("calibrate", 0.0), per_block.get("verify", 0.0)
-    seconds = walk.blocks * (quantize + verify / blocks) + _parent_bytes(walk) / _hash_rate()
-    return Forecast(seconds, quantize, memory[0], memory[1], _disk(walk, recipe, samples, length))
+        trials[number], host, gpu = _trial(Shallow(source, blocks), recipe, walk, number, length, scratch)
+    steps = {
+        stage: [
+            _at(samples, {number: times[stage][place] for number, times in trials.items()}) for place in range(blocks)
+        ]
+        for stage in trials[few]
+    }
+    checkpoint = _checkpoint_bytes(walk, recipe)
+    # Files are hashed by several threads: the parent before anything else, and the shards twice in the proof.
+    hashed = _parent_bytes(walk) + 2 * checkpoint * max(0, walk.blocks - blocks) / walk.blocks
+    seconds = sum(_whole(each, walk.blocks) for each in steps.values()) + hashed / (_hash_rate() * HASHING)
+    middle = sum(steps[stage][blocks // 2] for stage in ("calibrate", "quantize"))
+    if gpu is not None:
+        gpu += _held_bytes(walk, samples, length) - _held_bytes(walk, many, length)
+        host += _waiting_bytes(walk, samples, length) - _waiting_bytes(walk, many, length)
+    return Forecast(seconds, middle, host, gpu, _disk(walk, recipe, checkpoint, samples, length))
 
 
 def _trial(
     source: Source, recipe: Recipe, walk: Walk, samples: int, length: int, scratch: Path
-) -> tuple[dict[str, float], tuple[int, int | None]]:
-    """Seconds of a step in the middle of each stage, and the peaks of the host's and the GPU's memory."""
+) -> tuple[dict[str, list[float]], int, int | None]:
+    """Seconds of every step of each stage, and the peaks of the host's and the GPU's memory."""
     tokens = torch.randint(walk.config.vocab_size, (samples, length), generator=torch.Generator().manual_seed(0))
     watch, cuda = _Watch(), walk.device.type == "cuda"
     _forget_peak()
@@ -142,7 +155,12 @@ def _trial(
     with tempfile.TemporaryDirectory(dir=scratch, prefix="atom-plan-") as directory, _unsaid():
         compress(source, recipe, Path(directory) / "trial", tokens=tokens, device=walk.device, progress=watch)
     peak = torch.cuda.max_memory_reserved(walk.device) if cuda else None
-    return {stage: steps[len(steps) // 2] for stage, steps in watch.steps.items()}, (_host_peak(), peak)
+    return watch.steps, _host_peak(), peak
+
+
+def _whole(steps: list[float], blocks: int) -> float:
+    """Seconds of a stage over so many blocks, of which the first, those in the middle and the last took `steps`."""
+    return sum(steps) + (blocks - len(steps)) * steps[len(steps) // 2]
 
 
 @contextmanager
@@ -166,12 +184,32 @@ def _at(samples: int, seconds: dict[int, float]) -> float:
     return long + slope * (samples - many)
 
 
-def _disk(walk: Walk, recipe: Recipe, samples: int, length: int) -> int:
+def _hidden_bytes(walk: Walk, samples: int, length: int) -> int:
+    """Bytes of the hidden states of all sequences between two blocks."""
+    return samples * length * int(walk.config.hidden_size) * walk.source.dtype.itemsize
+
+
+def _held_bytes(walk: Walk, samples: int, length: int) -> int:
+    """Bytes of them that the GPU holds."""
+    held = held_on(walk.device)
+    return 0 if held is None else min(held.limit, _hidden_bytes(walk, samples, length))
+
+
+def _waiting_bytes(walk: Walk, samples: int, length: int) -> int:
+    """Bytes of them that may wait in the host's memory for the disk; torch takes powers of two for each slot."""
+    slot = _hidden_bytes(walk, -(-samples // SLOTS), length)
+    return min(WAITING, samples) << (slot - 1).bit_length()
+
+
+def _checkpoint_bytes(walk: Walk, recipe: Recipe) -> int:
+    """Bytes of the checkpoint."""
+    return plan_bytes(walk, groups_of(recipe, walk), uniform(recipe, walk), recipe.transform_seed is not None)[0]
+
+
+def _disk(walk: Walk, recipe: Recipe, checkpoint: int, samples: int, length: int) -> int:
     """Bytes of the checkpoint; or of its blocks and of the hidden states before and after one, if that is more."""
-    groups = groups_of(recipe, walk)
-    checkpoint, _ = plan_bytes(walk, groups, uniform(recipe, walk), recipe.transform_seed is not None)
     streams = 2 if recipe.weights.rounding == "gptq" else 0
-    hidden = samples * length * int(walk.config.hidden_size) * walk.source.dtype.itemsize
+    hidden = _hidden_bytes(walk, samples, length)
     outside = sum(math.prod(shape) for shape in outer_shapes(walk.family, walk.config).values())
     return max(checkpoint, checkpoint - outside * walk.source.dtype.itemsize + streams * hidden)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from atomcli.errors import UsageError
-from atomcli.pipeline.forecast import Shallow, _at, forecast
+from atomcli.pipeline.forecast import Shallow, _at, _whole, forecast
 from atomcli.runtime.decoder import load_parent
 from tests.helpers.tiny import NAMES, random_tokens
 from tests.pipeline.conftest import small_recipe
@@ -26,6 +26,13 @@ def test_time_lies_on_the_line_through_two_trials():
     assert _at(128, {2: 3.0, 4: 5.0}) == 129
     assert _at(128, {2: 3.0, 4: 2.0}) == 2.0  # noise, not a machine that gets faster with more work
     assert _at(2, {2: 3.0}) == 3.0
+
+
+def test_a_stage_is_its_first_and_last_block_and_as_many_in_the_middle_as_there_are():
+    assert _whole([5.0, 3.0, 1.0], 10) == 5 + 8 * 3 + 1
+    assert _whole([5.0, 3.0, 1.0], 3) == 9
+    assert _whole([5.0, 1.0], 2) == 6
+    assert _whole([5.0], 1) == 5
 
 
 def test_a_forecast_of_a_budget_is_refused(parent, tmp_path):

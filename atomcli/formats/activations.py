@@ -24,7 +24,7 @@ class QuantizedActivations:
     """Quantized inputs of T tokens: body codes and scales, INT8 outliers; in the layout's channel order.
 
     codes int8 (T, body). Row scales: token_scale fp32 (T,). fp16, e8m0 and e4m3 scales: group_scales (T, G), e4m3 in
-    units of token_scale. Two-level: token_scale, multipliers int8 (T, G), and offsets int16 (T, G) if asymmetric.
+    units of token_scale. Two-level: token_scale, multipliers int8 (T, G), and offsets int8 (T, G) if asymmetric.
     outlier_codes int8 (T, O), outlier_scale fp32 (T,).
     """
 
@@ -141,7 +141,7 @@ def _two_level_asymmetric(x: Tensor, format: ActivationFormat) -> QuantizedActiv
         codes,
         token_scale=token_scale,
         multipliers=multipliers.to(torch.int8),
-        offsets=offsets.to(torch.int16),
+        offsets=offsets.to(torch.int8),
     )
 
 

@@ -162,7 +162,7 @@ class Scheme:
             return float(float_bits)
         bits = activations.grid.bits * body
         if activations.scale != "row":
-            offset = 0 if activations.symmetric else 16
+            offset = 0 if activations.symmetric else 8
             bits += (_SCALE_BITS[activations.scale] + offset) * group_count(body, activations.group)
         bits += 32 if activations.scale in ("row", "two_level", "e4m3") else 0
         bits += OUTLIER_BITS * self.outliers + 32 if self.outliers else 0

@@ -1,9 +1,9 @@
 """A whole model's speed in the fused runtime: prefill, decode, the bytes it holds, and how near it is to the limit.
 
-Timed is what a server does for a batch of equal prompts: all prompts in one pass up to their first tokens on the host,
-then one token of each at a time, greedy, every step's tokens brought to the host. Models are loaded one after the
-other, so a parent and its checkpoint never share memory. The note says what ran: a speed of the reference says nothing
-about the kernels.
+Timed is what a server does for a batch of equal prompts: all prompts, in passes as the server's, up to their first
+tokens on the host, then one token of each at a time, greedy, every step's tokens brought to the host. Models are loaded
+one after the other, so a parent and its checkpoint never share memory. The note says what ran: a speed of the reference
+says nothing about the kernels.
 """
 
 import gc
@@ -22,11 +22,12 @@ from atomcli.errors import AtomError, RunError, UsageError
 from atomcli.runtime.decoding import DecodeRows
 from atomcli.runtime.fused import FusedModel
 from atomcli.runtime.pages import Pages, require_room
+from atomcli.runtime.prompts import ROWS, SIZES, Piece, PromptRows
 
 SEED = 0
 BF16_PEAK = {"H100": 0.8e15, "H200": 0.8e15}  # operations/s of a large cuBLAS product, measured
 
-# Prompts are computed in one pass up to here; beyond, a batch's prompts are copies of one, and prefill is not timed.
+# Prompts are computed up to here; beyond, a batch's prompts are copies of one, and prefill is not timed.
 PREFILL_TOKENS = 16384
 
 # The first of these captures the graph, the others wake the card's clock.
@@ -151,8 +152,8 @@ class Batch:
         self.pools = model.new_pools(batch * self.width)
         generator = torch.Generator().manual_seed(SEED)
         vocabulary = model.config.vocab_size
-        self.prompts = torch.randint(vocabulary, (batch, context), generator=generator).to(model.device)
-        self.table = torch.tensor(held, dtype=torch.int32, device=model.device)
+        self.prompts = torch.randint(vocabulary, (batch, context), generator=generator).numpy()
+        self.passes = PromptRows(model, self.pools, self.width)
 
     def prefill(self, rows: int | None = None) -> float:
         """Seconds from the prompts of the first `rows` sequences, all by default, to their first tokens on the host."""
@@ -165,9 +166,10 @@ class Batch:
         """Seconds of each of `new_tokens` steps, after some that warm up; uncomputed prompts become copies of one."""
         if self.batch * self.context > PREFILL_TOKENS:
             self.prefill(1)
+            first, *others = (torch.tensor(pages, device=self.model.device) for pages in self.held)
             for pool in self.pools:
-                for row in range(1, self.batch):
-                    pool[self.table[row].long()] = pool[self.table[0].long()]
+                for pages in others:
+                    pool[pages] = pool[first]
         rows = DecodeRows(self.model, self.pools, self.batch, self.width)
         for _ in range(WARMUP_STEPS):
             self._place(rows)
@@ -190,19 +192,20 @@ class Batch:
         for row, held in enumerate(self.held):
             rows.place(row, int(self.prompts[row, -1]), self.context, held)
 
-    @torch.inference_mode()
     def _prefill(self, rows: int) -> Tensor:
-        device, page, context = self.model.device, self.model.format.page, self.context
-        positions = torch.arange(context, device=device).repeat(rows)
-        owners = torch.arange(rows, device=device).repeat_interleave(context)
-        table = self.table[:rows]
-        slots = table[owners, positions // page].long() * page + positions % page
-        starts = torch.arange(rows + 1, dtype=torch.int32, device=device) * context
-        lengths = torch.full((rows,), context, dtype=torch.int32, device=device)
-        step = self.model.step(positions, slots, table, lengths, query_starts=starts)
-        x, residual = self.model.hidden(self.prompts[:rows].flatten(), step, self.pools)
-        last = starts[1:].long() - 1
-        return self.model.logits(x[last], residual[last]).argmax(-1)
+        """The first tokens of the first `rows` sequences: as many sequences in a pass as fit, or a part of one."""
+        together = max(1, min(ROWS, SIZES[-1] // self.context))
+        first = []
+        for row in range(0, rows, together):
+            for start in range(0, self.context, SIZES[-1]):
+                logits = self.passes.logits(
+                    [
+                        Piece(self.prompts[i, start : start + SIZES[-1]], start, self.held[i])
+                        for i in range(row, min(row + together, rows))
+                    ]
+                )
+            first.append(logits.argmax(-1))
+        return torch.cat(first)
 
 
 def step_limit(model: FusedModel, batch: int, context: int) -> float | None:

@@ -14,7 +14,7 @@ from atomcli.errors import InputError, RunError
 from atomcli.runtime.decoding import DecodeRows
 from atomcli.runtime.fused import FusedModel
 from atomcli.runtime.pages import Pages, require_pages
-from atomcli.runtime.prompts import PromptRows
+from atomcli.runtime.prompts import Piece, PromptRows
 from atomcli.runtime.sampling import GREEDY, Sampling, sample
 
 _GROWTH = 4  # a newcomer leaves one free page for this many sequences
@@ -70,7 +70,7 @@ class Server:
         self.pages = Pages(pages, model.format.page)
         self.pools = model.new_pools(pages)
         self.decoding = DecodeRows(model, self.pools, rows, self.pages.needed(self.context))
-        self.prompts = PromptRows(model, self.pools, self.decoding.pages) if model.capturable else None
+        self.prompts = PromptRows(model, self.pools, self.decoding.pages)
         self._waiting: deque[_Sequence] = deque()
         self._prefilling: list[_Sequence] = []
         self._running: list[_Sequence] = []  # by row
@@ -154,35 +154,22 @@ class Server:
     @torch.inference_mode()
     def _prefill(self) -> list[Produced]:
         """Compute up to `chunk` tokens of the sequences admitted first; those that end here get their next token."""
-        chosen: list[tuple[_Sequence, int]] = []
+        chosen: list[_Sequence] = []
+        pieces: list[Piece] = []
         room = self.chunk
         for sequence in self._prefilling:
             if room:
-                count = min(room, len(sequence.tokens) - sequence.cached)
-                chosen.append((sequence, count))
-                room -= count
-        positions: list[int] = []
-        slots: list[int] = []
-        tokens: list[int] = []
-        starts = [0]
-        width = max(self.pages.needed(sequence.cached + count) for sequence, count in chosen)
-        table = torch.zeros(len(chosen), width, dtype=torch.int32)
-        for row, (sequence, count) in enumerate(chosen):
-            new = range(sequence.cached, sequence.cached + count)
-            page = self.pages.page
-            positions += new
-            slots += [sequence.pages[position // page] * page + position % page for position in new]
-            tokens += sequence.tokens[new.start : new.stop]
-            starts.append(starts[-1] + count)
-            held = sequence.pages[:width]
-            table[row, : len(held)] = torch.tensor(held, dtype=torch.int32)
-            sequence.cached += count
-        lengths = [sequence.cached for sequence, _ in chosen]
-        logits = self._prompt_logits(tokens, positions, slots, table, starts, lengths)
-        ended = [row for row, (sequence, _) in enumerate(chosen) if sequence.cached == len(sequence.tokens)]
+                end = min(sequence.cached + room, len(sequence.tokens))
+                chosen.append(sequence)
+                pieces.append(Piece(sequence.tokens[sequence.cached : end], sequence.cached, sequence.pages))
+                room -= end - sequence.cached
+        logits = self.prompts.logits(pieces)
+        for sequence, piece in zip(chosen, pieces, strict=True):
+            sequence.cached = piece.end
+        ended = [row for row, sequence in enumerate(chosen) if sequence.cached == len(sequence.tokens)]
         if not ended:
             return []
-        finished = [chosen[row][0] for row in ended]
+        finished = [chosen[row] for row in ended]
         first = self._choose(logits[ended], finished)
         self._prefilling = [sequence for sequence in self._prefilling if sequence not in finished]
         produced = []
@@ -194,27 +181,6 @@ class Server:
                     len(self._running) - 1, token, sequence.cached, sequence.pages, sequence.request.sampling
                 )
         return produced
-
-    def _prompt_logits(
-        self,
-        tokens: list[int],
-        positions: list[int],
-        slots: list[int],
-        table: torch.Tensor,
-        starts: list[int],
-        lengths: list[int],
-    ) -> torch.Tensor:
-        """Logits (sequences, vocabulary) after each sequence's last token of this pass."""
-        device, model = self.model.device, self.model
-        token_ids, where, slot_ids = (torch.tensor(values, device=device) for values in (tokens, positions, slots))
-        begin, held = (torch.tensor(values, dtype=torch.int32, device=device) for values in (starts, lengths))
-        table = table.to(device)
-        if self.prompts is not None and self.prompts.fits(len(tokens), len(lengths)):
-            return self.prompts.run(token_ids, where, slot_ids, table, begin, held)
-        step = model.step(where, slot_ids, table, held, query_starts=begin)
-        x, residual = model.hidden(token_ids, step, self.pools)
-        last = begin[1:].long() - 1
-        return model.logits(x[last], residual[last])
 
     def _choose(self, logits: torch.Tensor, sequences: Sequence[_Sequence]) -> list[int]:
         device = logits.device

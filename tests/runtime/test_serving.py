@@ -1,6 +1,7 @@
 """Continuous batching: every request gets what it would get alone, and gives back every page."""
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from atomcli.errors import InputError, RunError
 from atomcli.runtime.decoding import DecodeRows, ladder
 from atomcli.runtime.fused import FusedModel
-from atomcli.runtime.prompts import PromptRows
+from atomcli.runtime.prompts import ROWS, SIZES, Piece
 from atomcli.runtime.sampling import Sampling
 from atomcli.runtime.serving import Request, Server
 from tests.helpers.fused import KV8, tiny_model
@@ -151,10 +152,25 @@ def test_more_pages_than_memory_are_refused(model: FusedModel, monkeypatch: pyte
     Server(model, 5, 4, context=128)
 
 
-def test_prompts_on_static_buffers_change_no_token(model: FusedModel) -> None:
+def test_padded_prompts_change_no_token(model: FusedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = requests(9)
     plain, padded = (Server(model, 20, 9, context=128, chunk=100) for _ in range(2))
-    padded.prompts = PromptRows(model, padded.pools, padded.decoding.pages)
-    assert padded.run(asked) == plain.run(asked)
-    assert not padded.prompts.fits(513, 1)
-    assert not padded.prompts.fits(9, 9)
+    expected = plain.run(asked)
+    rows = padded.prompts
+    sizes = []
+
+    def as_captured(pieces: Sequence[Piece]) -> torch.Tensor:
+        """What a graph holds, run as plain calls."""
+        total = sum(len(piece.tokens) for piece in pieces)
+        sizes.append(next(size for size in SIZES if size >= total))
+        return rows._run(rows._filled(pieces, sizes[-1], ROWS, rows.pages), sizes[-1])[: len(pieces)]
+
+    aside: list[int] = []
+    padded.pages.extend(aside, 1)
+    assert aside == [0]  # where padding would land
+    for pool in rows.pools:
+        pool[0] = 7
+    monkeypatch.setattr(rows, "logits", as_captured)
+    assert padded.run(asked) == expected
+    assert len(set(sizes)) > 1
+    assert all((pool[0] == 7).all() for pool in rows.pools)

@@ -1,15 +1,23 @@
 // One query per sequence attends to a paged cache (attention_tiles.cuh). A block works on one KV head, QUERY_TILES * 8 query
 // heads that share it at most, of one sequence, or on one of gridDim.y parts of its tokens. Each warp takes every
 // WARPS-th chunk of tokens through a ring of asynchronous copies that is its own. At the end the warps of a block merge,
-// and of the blocks that share a sequence the last to arrive merges the others' sums, in their order.
+// then the blocks that share a sequence: as a CLUSTER they send each other their sums, through memory the last to arrive
+// merges the others', in their order.
+//
+// SETTLED: lengths and pages were written before the kernel before this one. They are read, and the keys and values that
+// the block begins with are fetched into L2, while that one runs.
 
 #include "attention_bias.cuh"
 #include "chain.cuh"
+#include "cluster.cuh"
+#include "prefetch.cuh"
 
 using Query = QUERY;  // bf16 or fp16
 
 constexpr int warps = WARPS;
 constexpr int stages = STAGES;
+constexpr bool clustered = CLUSTER > 1;
+constexpr bool settled = SETTLED;
 constexpr int chunk_tokens = CHUNK;
 constexpr int token_tiles = chunk_tokens / 16;
 constexpr int pages_of_chunk = chunk_tokens > page_tokens ? chunk_tokens / page_tokens : 1;
@@ -81,6 +89,20 @@ struct Source {
             const bool needed = chunk < range.last_chunk && token < range.end && last > range.first;
             found[i] = needed ? pages[token / page_tokens] : 0;
         }
+    }
+
+    // Into L2, what the first chunk will be copied from.
+    INLINE void fetch(const int (&found)[pages_of_chunk], int chunk) const {
+        if (chunk >= range.last_chunk || threadIdx.x % 32 >= pages_of_chunk) return;
+        const uint8* page = pool + found[0] * page_stride;
+#pragma unroll
+        for (int i = 1; i < pages_of_chunk; ++i)
+            if (threadIdx.x % 32 == i) page = pool + found[i] * page_stride;
+        constexpr int tokens = page_tokens < chunk_tokens ? page_tokens : chunk_tokens;
+        const int row = page_tokens > chunk_tokens ? chunk * chunk_tokens % page_tokens : 0;
+        prefetch(page + row * row_bytes, tokens * row_bytes);
+        prefetch(page + (page_tokens + row) * row_bytes, tokens * row_bytes);
+        if (number_bytes > 0) prefetch(page + 2 * page_tokens * row_bytes + row * number_bytes, tokens * number_bytes);
     }
 
     // Tokens outside of the range become zeros: whatever lies there must not reach an MMA.
@@ -179,22 +201,22 @@ template <bool GLOBAL, class T> INLINE T read(const T* at) {
     else return *at;
 }
 
-// Finds what each part's record of each column counts, factors[part][column], and the columns' common references and weights.
-// A warp takes a column, its lanes the parts.
-template <bool GLOBAL> INLINE void weigh(float* factors, float2* totals, const float* records, int parts, int count) {
+// Records lie [part][rows][record]. Finds what each part's record of each column counts, factors[part][column], and the
+// columns' common references and weights. A warp takes a column, its lanes the parts.
+template <bool GLOBAL> INLINE void weigh(float* factors, float2* totals, const float* records, int parts, int rows, int count) {
     const int lane = threadIdx.x % 32;
     for (int column = threadIdx.x / 32; column < count; column += warps) {
         const float* at = records + column * record + head_dim;
         float reference = nothing, weight = 0.0f;
         for (int part = lane; part < parts; part += 32) {
-            factors[part * columns + column] = read<GLOBAL>(at + part * columns * record);
+            factors[part * columns + column] = read<GLOBAL>(at + part * rows * record);
             reference = fmaxf(reference, factors[part * columns + column]);
         }
         for (int distance = 16; distance; distance /= 2) reference = fmaxf(reference, __shfl_xor_sync(all_lanes, reference, distance));
         for (int part = lane; part < parts; part += 32) {
             const float factor = exp2_fast(factors[part * columns + column] - reference);
             factors[part * columns + column] = factor;
-            weight += factor * read<GLOBAL>(at + part * columns * record + 1);
+            weight += factor * read<GLOBAL>(at + part * rows * record + 1);
         }
         for (int distance = 16; distance; distance /= 2) weight += __shfl_xor_sync(all_lanes, weight, distance);
         if (lane == 0) totals[column] = make_float2(reference, weight);
@@ -203,13 +225,13 @@ template <bool GLOBAL> INLINE void weigh(float* factors, float2* totals, const f
 }
 
 // Four channels of a column, over all parts.
-template <bool GLOBAL> INLINE float4 gather(const float* factors, const float* records, int parts, int column, int channel) {
+template <bool GLOBAL> INLINE float4 gather(const float* factors, const float* records, int parts, int rows, int column, int channel) {
     const float* at = records + column * record + channel;
     float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll 8
     for (int part = 0; part < parts; ++part) {
         const float factor = factors[part * columns + column];
-        const float4 values = read<GLOBAL>(reinterpret_cast<const float4*>(at + part * columns * record));
+        const float4 values = read<GLOBAL>(reinterpret_cast<const float4*>(at + part * rows * record));
         sum.x += factor * values.x, sum.y += factor * values.y, sum.z += factor * values.z, sum.w += factor * values.w;
     }
     return sum;
@@ -219,24 +241,46 @@ struct alignas(8) FourQueries {
     Query channels[4];
 };
 
-// The result of all parts.
-template <bool GLOBAL> INLINE void finish(Query* out, const float* value_bias, float* scratch, const float* records, int parts, int count) {
+// The result of all parts; column i of them goes to query first + i * step.
+template <bool GLOBAL> INLINE void finish(Query* out, const float* value_bias, float* scratch, const float* records, int parts, int rows, int count,
+                                          int first = 0, int step = 1) {
     float2* totals = reinterpret_cast<float2*>(scratch);
     float* factors = scratch + 2 * columns;
-    weigh<GLOBAL>(factors, totals, records, parts, count);
+    weigh<GLOBAL>(factors, totals, records, parts, rows, count);
     for (int i = threadIdx.x * 4; i < count * head_dim; i += warps * 128) {
         const int column = i / head_dim, channel = i % head_dim;
-        const float4 sum = gather<GLOBAL>(factors, records, parts, column, channel);
+        const float4 sum = gather<GLOBAL>(factors, records, parts, rows, column, channel);
         const float share = 1.0f / totals[column].y;
         float4 bias = {0.0f, 0.0f, 0.0f, 0.0f};
         if (value_bias) bias = *reinterpret_cast<const float4*>(value_bias + channel);
         const FourQueries four = {from_float<Query>(sum.x * share + bias.x), from_float<Query>(sum.y * share + bias.y),
                                   from_float<Query>(sum.z * share + bias.z), from_float<Query>(sum.w * share + bias.w)};
-        *reinterpret_cast<FourQueries*>(out + i) = four;
+        *reinterpret_cast<FourQueries*>(out + (first + column * step) * head_dim + channel) = four;
     }
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM)
+// Column c of a sequence is merged by part c % parts of the cluster, whose inbox has `rows` records of each part for it.
+struct Inbox {
+    int part, parts;
+
+    INLINE int rows() const { return (columns + parts - 1) / parts; }
+    INLINE int mine(int count) const { return (count - part + parts - 1) / parts; }  // columns that this part merges
+    INLINE unsigned bytes(int count) const { return parts * max(mine(count), 0) * (head_dim + 2) * sizeof(float); }
+    INLINE float* records() const { return reinterpret_cast<float*>(shared_bytes + INBOX); }
+
+    // Two numbers of a column's record, at `place` of it.
+    INLINE void give(int column, int place, float first, float second, const unsigned long long& landed) const {
+        const float* at = records() + (part * rows() + column / parts) * record + place;
+        send(reinterpret_cast<const uint2*>(at), __float_as_uint(first), __float_as_uint(second), landed, column % parts);
+    }
+};
+
+#if CLUSTER > 1
+#define CLUSTERED __cluster_dims__(1, CLUSTER, 1)
+#else
+#define CLUSTERED
+#endif
+extern "C" __global__ void CLUSTERED __launch_bounds__(WARPS * 32, BLOCKS_PER_SM)
 attention_decode(const Query* query, const uint8* pool, const int* page_table, const int* lengths, const float* value_bias,
                  const float* key_bias, const float* cos, const float* sin, int positions, Query* out, float* partials,
                  int* arrivals, int heads, int kv_heads, int max_pages, int query_stride,
@@ -245,10 +289,27 @@ attention_decode(const Query* query, const uint8* pool, const int* page_table, c
     const int kv_head = blockIdx.x / tiles, first_head = kv_head * group + blockIdx.x % tiles * columns;
     const int count = min(columns, (kv_head + 1) * group - first_head), sequence = blockIdx.z;
     allow_next_kernel();
-    wait_for_previous_kernel();
+    if (!settled) wait_for_previous_kernel();
 
     const int length = lengths[sequence];
     const Range range = part_of(length, window, blockIdx.y, wanted, longest);
+    const int warp = threadIdx.x / 32;
+    uint8* ring = shared_bytes + query_bytes + bias_bytes + warp * stages * stage_bytes;
+    const Source source = {pool + static_cast<long long>(kv_head) * page_bytes, page_table + static_cast<long long>(sequence) * max_pages,
+                           static_cast<long long>(kv_heads) * page_bytes, range};
+    int pages[pages_of_chunk], chunk = range.first_chunk + warp;
+    source.find(pages, chunk);
+    const Inbox inbox = {static_cast<int>(blockIdx.y), range.parts};
+    __shared__ unsigned long long landed;
+    if (clustered) {
+        if (threadIdx.x == 0 && range.parts > 1) expect_bytes(landed, inbox.bytes(count));
+        meet_cluster();
+    }
+    if (settled) {
+        source.fetch(pages, chunk);
+        wait_for_previous_kernel();
+    }
+
     out += (static_cast<long long>(sequence) * heads + first_head) * head_dim;
     if (length == 0 && blockIdx.y == 0)
         for (int i = threadIdx.x; i < count * head_dim; i += warps * 32) out[i] = from_float<Query>(0.0f);
@@ -256,12 +317,6 @@ attention_decode(const Query* query, const uint8* pool, const int* page_table, c
 
     query += static_cast<long long>(sequence) * query_stride + first_head * head_dim;
     copy_queries(query, count);
-    const int warp = threadIdx.x / 32;
-    uint8* ring = shared_bytes + query_bytes + bias_bytes + warp * stages * stage_bytes;
-    const Source source = {pool + static_cast<long long>(kv_head) * page_bytes, page_table + static_cast<long long>(sequence) * max_pages,
-                           static_cast<long long>(kv_heads) * page_bytes, range};
-    int pages[pages_of_chunk], chunk = range.first_chunk + warp;
-    source.find(pages, chunk);
 #pragma unroll
     for (int stage = 0; stage < stages - 1; ++stage) {
         source.copy(ring + stage * stage_bytes, pages, chunk + stage * warps);
@@ -297,17 +352,32 @@ attention_decode(const Query* query, const uint8* pool, const int* page_table, c
     __syncthreads();
     const float* added = value_bias ? value_bias + kv_head * head_dim : nullptr;
     if (range.parts == 1) {
-        finish<false>(out, added, scratch, records, warps, count);
+        finish<false>(out, added, scratch, records, warps, columns, count);
+        return;
+    }
+    float* factors = scratch + 2 * columns;
+    float2* totals = reinterpret_cast<float2*>(scratch);
+    weigh<false>(factors, totals, records, warps, columns, count);
+    if constexpr (clustered) {
+        for (int i = threadIdx.x * 4; i < count * head_dim; i += warps * 128) {
+            const int column = i / head_dim, channel = i % head_dim;
+            const float4 sum = gather<false>(factors, records, warps, columns, column, channel);
+            inbox.give(column, channel, sum.x, sum.y, landed);
+            inbox.give(column, channel + 2, sum.z, sum.w, landed);
+            if (channel == 0) inbox.give(column, head_dim, totals[column].x, totals[column].y, landed);
+        }
+        if (inbox.mine(count) <= 0) return;
+        wait_for_bytes(landed);
+        __syncthreads();  // the factors have been read
+        finish<false>(out, added, scratch, inbox.records(), range.parts, inbox.rows(), inbox.mine(count), inbox.part, inbox.parts);
         return;
     }
     const int place = sequence * gridDim.x + blockIdx.x;
     partials += static_cast<long long>(place) * gridDim.y * columns * record;
     float* mine = partials + blockIdx.y * columns * record;
-    float2* totals = reinterpret_cast<float2*>(scratch);
-    weigh<false>(scratch + 2 * columns, totals, records, warps, count);
     for (int i = threadIdx.x * 4; i < count * head_dim; i += warps * 128) {
         const int column = i / head_dim, channel = i % head_dim;
-        *reinterpret_cast<float4*>(mine + column * record + channel) = gather<false>(scratch + 2 * columns, records, warps, column, channel);
+        *reinterpret_cast<float4*>(mine + column * record + channel) = gather<false>(factors, records, warps, columns, column, channel);
         if (channel == 0) *reinterpret_cast<float2*>(mine + column * record + head_dim) = totals[column];
     }
     __syncthreads();
@@ -319,5 +389,5 @@ attention_decode(const Query* query, const uint8* pool, const int* page_table, c
         if (*last) arrivals[place] = 0;
     }
     __syncthreads();
-    if (*last) finish<true>(out, added, scratch, partials, range.parts, count);
+    if (*last) finish<true>(out, added, scratch, partials, range.parts, columns, count);
 }

@@ -70,6 +70,7 @@ def decode(
     *,
     hadamard: bool = False,
     keys_rotated: bool = True,
+    settled: bool = False,
 ) -> Tensor:
     """Attention of one query per sequence, (B, Hq, D) -> (B, Hq, D), over the keys its pages hold.
 
@@ -78,8 +79,9 @@ def decode(
     comes out zero. window: keys that a query sees, itself included. key_bias fp32 (Hkv, D), unrotated, is added back to
     keys that were stored without it, at each key's position; value_bias fp32 (Hkv, D) is added to what was attended.
     rope: fp32 (positions, D / 2) cosines and sines of every position, needed with key_bias or unrotated keys.
-    hadamard, keys_rotated: what `append` was told. Nothing depends on the values of lengths but the result: one CUDA
-    graph serves them all. Raises UnsupportedError for shapes or dtypes that don't fit each other.
+    hadamard, keys_rotated: what `append` was told. settled: lengths and page_table were written before the kernel
+    before this one, so that they may be read while that one still runs. Nothing depends on the values of lengths but
+    the result: one CUDA graph serves them all. Raises UnsupportedError for shapes or dtypes that don't fit each other.
     """
     _check(query, pool, fmt)
     _check_sequences(query, out, page_table, lengths, key_bias, value_bias, rope, keys_rotated)
@@ -89,7 +91,7 @@ def decode(
     cos, sin = (None, None) if rope is None else rope
     torch.ops.atom.attention_decode(
         query, pool, fmt.element, fmt.page, page_table, lengths, scaling, window, key_bias, value_bias, cos, sin,
-        hadamard, keys_rotated, out,
+        hadamard, keys_rotated, settled, out,
     )  # fmt: skip
     return out
 
@@ -216,17 +218,19 @@ def _append(
 def _decode(
     query: Tensor, pool: Tensor, element: str, page: int, page_table: Tensor, lengths: Tensor, scaling: float,
     window: int | None, key_bias: Tensor | None, value_bias: Tensor | None, cos: Tensor | None, sin: Tensor | None,
-    hadamard: bool, keys_rotated: bool, out: Tensor,
+    hadamard: bool, keys_rotated: bool, settled: bool, out: Tensor,
 ) -> None:  # fmt: skip
     fmt, device = _format(element, query.shape[2], page), query.device
     if not len(query):
         return
     if why_not(fmt, device, query.dtype, keys_rotated, query.shape[1] // pool.shape[1]) is None:
+        arch = compiler.architecture(device)
         attention_launch.launch_decode(
             attention_launch.load_on(device), query, pool, fmt, page_table, lengths, scaling, window,
             attention_launch.Biases(key_bias, value_bias, cos, sin, hadamard), out,
             processors=compiler.multiprocessors(device),
-            shared_limit=attention_launch.SHARED_LIMITS[compiler.architecture(device)],
+            shared_limit=attention_launch.SHARED_LIMITS[arch],
+            clusters=False, settled=settled,
         )  # fmt: skip
         return
     rope = None if cos is None or sin is None else (cos, sin)
@@ -282,7 +286,10 @@ _library.define(
     "kv_append(Tensor(a!) pool, str element, int page, Tensor query, Tensor key, Tensor value, Tensor cos, Tensor sin, "
     "Tensor slots, bool hadamard, bool rotate_keys, Tensor(b!) rotated) -> ()"
 )
-_library.define("attention_decode(Tensor query, Tensor pool, str element, int page, Tensor page_table, " + _SEQUENCES)
+_library.define(
+    "attention_decode(Tensor query, Tensor pool, str element, int page, Tensor page_table, "
+    + _SEQUENCES.replace("Tensor(a!) out", "bool settled, Tensor(a!) out")
+)
 _library.define(
     "attention_prefill(Tensor query, Tensor pool, str element, int page, Tensor page_table, Tensor query_starts, "
     + _SEQUENCES

@@ -28,6 +28,8 @@ SHARED_LIMITS = {
 IN_FLIGHT = 64 << 10
 LONGEST_PART = 8192  # tokens of a sequence for one block
 MOST_PARTS = 128  # of a sequence
+CLUSTER = 8  # parts that may be a cluster on every card that has clusters
+FEW_PARTS = 16  # fewer parts are quicker than so many, if they are a cluster
 NO_WINDOW = (1 << 31) - 1
 MOST_SHARING = WARPS * 8  # query heads of a KV head: the columns of the narrowest prefill kernel
 LOG2_E = 1.4426950408889634
@@ -100,12 +102,18 @@ class DecodePlan(NamedTuple):
 
 
 def plan_decode(
-    fmt: PageFormat, dtype: torch.dtype, group: int, shared_limit: int, biases: Biases = NO_BIASES
+    fmt: PageFormat,
+    dtype: torch.dtype,
+    group: int,
+    shared_limit: int,
+    biases: Biases = NO_BIASES,
+    cluster: int = 1,
+    settled: bool = False,
 ) -> DecodePlan:
     """The kernel for `group` query heads per KV head: 8 or 16 columns of an MMA, and a ring for each warp.
 
     A warp's chunk is 32 tokens of short rows, 16 of long ones. The ring has as many stages as keep IN_FLIGHT bytes on
-    their way to an SM, if they fit.
+    their way to an SM, if they fit. The `cluster` parts of a sequence have an inbox each for each other's sums.
     """
     tiles = 2 if group > 8 and fmt.head_dim <= 128 else 1
     chunk = 32 if fmt.code_bytes <= 64 else 16
@@ -118,7 +126,8 @@ def plan_decode(
     stages = 1 + -(-IN_FLIGHT // (blocks * stage))
     while stages > 2 and queries + stages * stage > shared_limit:
         stages -= 1
-    shared = max(queries + stages * stage, columns * 4 * (WARPS * (fmt.head_dim + 4) + 2 + MOST_PARTS))
+    record = 4 * (fmt.head_dim + 4)
+    shared = max(queries + stages * stage, columns * (WARPS * record + 4 * (2 + MOST_PARTS)))
     defines: dict[str, int | str] = {
         "ELEMENT": fmt.element.upper(),
         "HEAD_DIM": fmt.head_dim,
@@ -129,9 +138,12 @@ def plan_decode(
         "WARPS": WARPS,
         "STAGES": stages,
         "BLOCKS_PER_SM": blocks,
+        "CLUSTER": cluster,
+        "INBOX": shared,
+        "SETTLED": int(settled),
         **biases.defines,
     }
-    return DecodePlan(defines, columns, shared, blocks)
+    return DecodePlan(defines, columns, shared + (columns + cluster - 1) * record * (cluster > 1), blocks)
 
 
 class Parts(NamedTuple):
@@ -142,12 +154,14 @@ class Parts(NamedTuple):
     most: int
 
 
-def parts_for(places: int, chunks: int, slots: int, chunk: int) -> Parts:
+def parts_for(places: int, chunks: int, slots: int, chunk: int, clusters: bool = False) -> Parts:
     """Parts of up to `chunks` chunks, so that `places` KV heads fill the `slots` of the card.
 
     A part has LONGEST_PART tokens at most, so that one long sequence among short ones does not wait for a single block.
+    On a card with `clusters` a few parts become as many as fit into one.
     """
     wanted = max(1, min(slots // places, -(-chunks // WARPS), MOST_PARTS))
+    wanted = CLUSTER if clusters and CLUSTER < wanted <= FEW_PARTS else wanted
     longest = max(LONGEST_PART // chunk, -(-chunks // MOST_PARTS))
     return Parts(wanted, longest, max(wanted, -(-chunks // longest)))
 
@@ -155,6 +169,7 @@ def parts_for(places: int, chunks: int, slots: int, chunk: int) -> Parts:
 def launch_decode(
     load: Loader, query: Tensor, pool: Tensor, fmt: PageFormat, page_table: Tensor, lengths: Tensor, scaling: float,
     window: int | None, biases: Biases, out: Tensor, *, processors: int, shared_limit: int, parts: Parts | None = None,
+    clusters: bool = False, settled: bool = False,
 ) -> None:  # fmt: skip
     """Enqueue the decode kernel; the number of parts depends on shapes alone, never on lengths."""
     query = _dense_heads(query)
@@ -163,8 +178,10 @@ def launch_decode(
     blocks, chunk = kv_heads * -(-heads // kv_heads // plan.columns), int(plan.defines["CHUNK"])
     if parts is None:
         chunks = -(-page_table.shape[1] * fmt.page // chunk)
-        parts = parts_for(batch * blocks, chunks, processors * plan.blocks_per_processor, chunk)
-    floats = batch * blocks * parts.most * plan.columns * (head_dim + 4) if parts.most > 1 else 1
+        parts = parts_for(batch * blocks, chunks, processors * plan.blocks_per_processor, chunk, clusters)
+    cluster = parts.most if clusters and parts.most <= CLUSTER else 1
+    plan = plan_decode(fmt, query.dtype, heads // kv_heads, shared_limit, biases, cluster, settled)
+    floats = batch * blocks * parts.most * plan.columns * (head_dim + 4) if parts.most > cluster else 1
     partials, arrivals = scratch(query.device, floats, batch * blocks)
     load(DECODE, plan.defines, plan.shared_bytes).launch(
         (blocks, parts.most, batch), WARPS * 32, query, pool, page_table, lengths, *biases.arguments(), out, partials,

@@ -217,7 +217,9 @@ class FusedBlock:
             "keys_rotated": self.keys_rotated,
         }
         if step.query_starts is None:
-            attended = attention.decode(query, pool, self.format, step.page_table, step.lengths, self.scaling, **shared)
+            attended = attention.decode(
+                query, pool, self.format, step.page_table, step.lengths, self.scaling, settled=True, **shared
+            )
         else:
             attended = attention.prefill(
                 query, pool, self.format, step.page_table, step.query_starts, step.lengths, self.scaling, **shared

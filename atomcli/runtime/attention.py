@@ -131,7 +131,8 @@ class Attention(nn.Module):
         fmt = PageFormat(self.kv.element, self.head_dim)
         reason = why_not(fmt, x.device, x.dtype, self.kv.position == "after_rope")
         has_bias = self.kv.bias_free and self.k_proj.bias is not None
-        return paged_layer(cache, self.layer_idx, fmt, has_bias) if reason is None else None
+        layers = int(self.config.num_hidden_layers)
+        return paged_layer(cache, self.layer_idx, fmt, layers, has_bias) if reason is None else None
 
     def _attend_in_pages(
         self, layer: PagedLayer, hidden_states: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None

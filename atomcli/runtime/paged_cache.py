@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from atomcli.errors import UnsupportedError
 from atomcli.kernels.pages import PageFormat
+from atomcli.runtime import memory
 
 _SPARE_PAGES = 4  # beyond what is needed, so that a pool doesn't grow at every page
 
@@ -38,8 +39,8 @@ class Sequences:
     With `keeps_rope` also RoPE's cosines and sines of every position, for key biases that are rotated on reading.
     """
 
-    def __init__(self, page: int, keeps_rope: bool = False) -> None:
-        self.page, self.keeps_rope = page, keeps_rope
+    def __init__(self, page: int, layers: int, keeps_rope: bool = False) -> None:
+        self.page, self.layers, self.keeps_rope = page, layers, keeps_rope
         self.clear()
 
     def clear(self) -> None:
@@ -159,11 +160,21 @@ class PagedLayer(DynamicLayer):
         self.batch = 0
 
     def room(self, batch: int, kv_heads: int, device: torch.device) -> Tensor:
-        """The layer's pool, large enough for what the sequences hold now."""
+        """The layer's pool, large enough for what the sequences hold now.
+
+        Raises RunError, before any layer's pool has grown, when those of all layers would not fit into memory.
+        """
         self.is_initialized, self.batch, self.device = True, batch, device
         pages = self.sequences.width * batch
         held = 0 if self.pool is None else self.pool.shape[0]
         if held < pages:
+            if self.owns_sequences:
+                page_bytes, layers = kv_heads * self.format.bytes, self.sequences.layers
+                # Each pool is copied as it grows, one after the other.
+                budget = memory.free_bytes(device) + held * page_bytes * (layers - 1)
+                memory.require_pages(
+                    self.format.page, page_bytes * layers, pages, batch, self.sequences.columns, budget
+                )
             more = self.format.allocate(pages - held, kv_heads, device)
             self.pool = more if self.pool is None else torch.cat([self.pool, more])
         assert self.pool is not None
@@ -228,8 +239,8 @@ class PagedLayer(DynamicLayer):
             self.pool = self.pool.to(self.device, non_blocking=True)
 
 
-def paged_layer(cache: Cache, index: int, fmt: PageFormat, keeps_rope: bool = False) -> PagedLayer | None:
-    """Layer `index` of a cache as pages, or None where the cache is of another kind (a static one).
+def paged_layer(cache: Cache, index: int, fmt: PageFormat, layers: int, keeps_rope: bool = False) -> PagedLayer | None:
+    """Layer `index` of a cache of `layers` layers as pages, or None where the cache is of another kind (a static one).
 
     A growing layer that is still empty is replaced: the caches that transformers makes by default hold pages then.
     `keeps_rope` is for layers whose key biases are added on reading.
@@ -244,6 +255,7 @@ def paged_layer(cache: Cache, index: int, fmt: PageFormat, keeps_rope: bool = Fa
     if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.is_initialized:
         return None
     owner = next((other for other in cache.layers if isinstance(other, PagedLayer)), None)
-    paged = PagedLayer(fmt, Sequences(fmt.page, keeps_rope) if owner is None else owner.sequences, owner is None)
+    sequences = Sequences(fmt.page, layers, keeps_rope) if owner is None else owner.sequences
+    paged = PagedLayer(fmt, sequences, owner is None)
     cache.layers[index] = paged
     return paged

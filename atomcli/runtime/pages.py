@@ -1,8 +1,7 @@
 """Which page of a cache belongs to whom, and how many fit: bookkeeping on the host, the same for every layer."""
 
-import torch
-
-from atomcli.errors import RunError, UsageError
+from atomcli.errors import UsageError
+from atomcli.runtime import memory
 from atomcli.runtime.fused import FusedModel
 
 # Of the free memory, what activations of a prefill and graphs may take beside the pages.
@@ -47,11 +46,7 @@ class Pages:
 
 def free_bytes(model: FusedModel) -> int:
     """Bytes that pages may take on the model's device now."""
-    if model.device.type != "cuda":
-        return 1 << 30
-    free, total = torch.cuda.mem_get_info(model.device)
-    unused = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
-    return max(0, free + unused - int(_RESERVE * total))
+    return memory.free_bytes(model.device, _RESERVE)
 
 
 def fitting_pages(model: FusedModel, budget: int) -> int:
@@ -74,13 +69,4 @@ def require_pages(model: FusedModel, pages: int, batch: int, context: int, budge
     The budget is the memory that is free on the model's device where it is None.
     """
     budget = free_bytes(model) if budget is None else budget
-    fitting, page = fitting_pages(model, budget), model.format.page
-    if pages <= fitting:
-        return
-    sequences, tokens = fitting // -(-context // page), fitting // batch * page
-    fits = [f"{sequences} × {context}"] * (sequences > 0) + [f"{batch} × {tokens}"] * (tokens > 0)
-    raise RunError(
-        f"A cache of {pages * page} tokens takes {model.pool_bytes(pages) / 1e9:.3g} GB; "
-        f"{budget / 1e9:.3g} GB are free",
-        f"{' or '.join(fits)} tokens would fit." if fits else "Not even one page fits: the weights leave no room.",
-    )
+    memory.require_pages(model.format.page, model.pool_bytes(1), pages, batch, context, budget)

@@ -10,7 +10,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from atomcli.errors import UnsupportedError
+from atomcli.errors import RunError, UnsupportedError
+from atomcli.kernels.pages import PageFormat
 from atomcli.runtime.cache import QuantizedKVLayer, cache_bytes
 from atomcli.runtime.paged_cache import PagedLayer
 from tests.helpers.fused import KV8, tiny_model
@@ -116,3 +117,14 @@ def test_a_mask_that_kernels_cannot_follow_is_refused(paged: Any) -> None:
     mask[..., 5, 2] = False
     with pytest.raises(UnsupportedError, match="hides more than padding"):
         paged(model, random_tokens(1, 8), attention_mask=mask)
+
+
+def test_out_of_memory_names_what_would_fit(paged: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama", None, KV8)
+    tokens = random_tokens(4, 90)
+    fmt, heads = PageFormat("int8", 32), model.config.num_key_value_heads
+    page = model.config.num_hidden_layers * heads * fmt.bytes
+    monkeypatch.setattr("atomcli.runtime.memory.free_bytes", lambda device: 13 * page)
+    with pytest.raises(RunError, match=r"A cache of 1536 tokens takes .* GB; .* GB are free") as raised:
+        paged(model.generate, tokens, max_new_tokens=2)
+    assert raised.value.hint == "6 × 90 or 4 × 192 tokens would fit."

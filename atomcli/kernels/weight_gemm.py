@@ -1,0 +1,184 @@
+"""The GEMM for 4-bit weights and 16-bit activations: y = x W^T with fp16 operands and fp32 sums, on sm_90a.
+
+cuda/gemm_w4a16_sm90a.cu is the skeleton of the integer GEMM with weights that become fp16 numbers in registers.
+Integers times integer multipliers, MXFP4 and NVFP4 do so exactly; products with fp16 scales are rounded to 11 bits, an
+eighth of what the rounding of the output to bf16 costs. One torch operator, `atom::gemm_w4a16`.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atomcli.errors import UsageError
+from atomcli.formats.scheme import Scheme
+from atomcli.kernels import compiler, weight_layouts
+from atomcli.kernels.layouts import BLOCK
+from atomcli.kernels.quantize import Operand
+from atomcli.kernels.tiles import OUTPUTS, SHARED_LIMIT, Tile, deal
+from atomcli.kernels.weight_layouts import ScaledWeight, StoredScale
+from atomcli.kernels.workspace import workspace
+
+SOURCE = "gemm_w4a16_sm90a.cu"
+PLANES = 2  # operand rows of 128 bytes that 128 channels take
+
+# Candidates by the tokens of a tile, before they are fitted into shared memory. Four warpgroups share the channels of a
+# narrow tile; they have the registers of one fragment each.
+TILES = (
+    Tile(8, 1, 4, 6, 4, split="all", fragments=1),
+    Tile(8, 1, 4, 6, 4, split="all", blocks=128, fragments=1),
+    Tile(8, 1, 2, 6, 4, split="all", blocks=128, fragments=2),
+    Tile(16, 1, 4, 6, 4, split="all", fragments=1),
+    Tile(16, 1, 4, 6, 4, split="all", blocks=128, fragments=1),
+    Tile(32, 1, 4, 4, 4, split="all", fragments=1),
+    Tile(32, 1, 4, 4, 4, split="all", blocks=128, fragments=1),
+    Tile(32, 1, 2, 6, 2, split="all", blocks=128, fragments=2),
+    Tile(64, 1, 2, 5, 2, split="all", blocks=128, fragments=2),
+    Tile(64, 1, 2, 5, 2, split="none", fragments=2),
+    Tile(64, 2, 1, 5, 2, split="all", fragments=2),
+    Tile(64, 2, 1, 5, 2, split="all", blocks=128, fragments=2),
+    Tile(128, 2, 1, 5, split="all", fragments=2),
+    Tile(128, 2, 1, 5, split="all", blocks=128, fragments=2),
+    Tile(128, 2, 1, 5, split="none", fragments=2),
+    Tile(128, 2, 1, 5, split="remainder", fragments=2),
+    Tile(128, 2, 1, 5, cluster=2, split="none", fragments=2),
+    Tile(128, 2, 1, 5, cluster=2, split="all", fragments=2),
+)
+
+
+def why_not(scheme: Scheme, arch: str) -> str | None:
+    """The reason why this kernel can't run `scheme` on `arch`, or None if it can."""
+    reason = weight_layouts.why_not(scheme)
+    if reason is None and arch != "90a":
+        return f"4-bit weights with 16-bit activations have a kernel for sm_90a, none for sm_{arch}"
+    return reason
+
+
+def linear(
+    operand: Operand, weight: ScaledWeight, tokens: int, dtype: torch.dtype, bias: Tensor | None = None
+) -> Tensor:
+    """y (tokens, out_features) in `dtype` (bf16 or fp16) of an operand of fp16 numbers and a weight; bias fp32.
+
+    The operand is what `quantize.quantize` gives in the container "f16". Raises UsageError for operands that don't fit.
+    """
+    _check(operand, weight, tokens, dtype, bias)
+    y: Tensor = torch.ops.atom.gemm_w4a16(
+        operand.codes, operand.token_scale, weight.blocks, weight.row_scale, bias, weight.element, weight.group,
+        weight.scale, weight.shape[0], tokens, dtype,
+    )  # fmt: skip
+    return y
+
+
+def _check(operand: Operand, weight: ScaledWeight, tokens: int, dtype: torch.dtype, bias: Tensor | None) -> None:
+    codes, planes = operand.codes, PLANES * weight.blocks.shape[1]
+    if dtype not in OUTPUTS:
+        raise UsageError(f"The GEMM puts out bfloat16 or float16, not {dtype}.")
+    if codes.dim() != 3 or (codes.shape[0], codes.shape[2]) != (planes, BLOCK) or codes.element_size() != 1:
+        raise UsageError(
+            f"The operand is {codes.dtype} {tuple(codes.shape)}, the weight needs ({planes}, tokens, {BLOCK}) in bytes."
+        )
+    padded = codes.shape[1]
+    if padded % 8 or padded < tokens:
+        raise UsageError(f"The operand has {padded} token rows; {tokens} tokens need a multiple of 8 that holds them.")
+    if operand.token_scale.numel() < padded or operand.token_scale.dtype != torch.float32:
+        raise UsageError(f"token_scale must be fp32 of {padded} values, not {tuple(operand.token_scale.shape)}.")
+    if bias is not None and (bias.dtype != torch.float32 or bias.shape != (weight.shape[0],)):
+        raise UsageError(f"The bias must be fp32 ({weight.shape[0]},), not {bias.dtype} {tuple(bias.shape)}.")
+    for name, tensor in (("operand", codes), ("weight", weight.blocks), ("bias", bias)):
+        if tensor is not None and not tensor.is_contiguous():
+            raise UsageError(f"The {name} of the GEMM must be contiguous; its strides are {tensor.stride()}.")
+
+
+# ------------------------------------------------------------------------------------------------ tiles
+
+
+def tile_for(rows: int, tokens: int, multiprocessors: int, group: int, scale: StoredScale) -> Tile:
+    """The tile for `tokens` tokens and `rows` output channels, by rule."""
+    narrow = -(-rows // 64) <= multiprocessors  # row groups: few enough that tiles must be cut to feed every SM
+    evenly = 128 if narrow and multiprocessors >= 128 else 0
+    if tokens <= 8:
+        tile = Tile(8, 1, 4, 6, 4, split="all", blocks=evenly, fragments=1)
+    elif tokens <= 16:
+        tile = Tile(16, 1, 4, 6, 4, split="all", blocks=evenly, fragments=1)
+    elif tokens <= 32:
+        tile = Tile(32, 1, 4, 4, 4, split="all", blocks=evenly, fragments=1)
+    elif tokens <= 64:
+        tile = Tile(64, 2, 1, 5, 2, split="all", blocks=evenly, fragments=2)
+    elif tokens <= 256:
+        tile = Tile(128, 2, 1, 5, split="all", blocks=evenly, fragments=2)
+    else:
+        tile = Tile(128, 2, 1, 5, split="remainder", fragments=2)
+    return fit(tile, group, scale)
+
+
+def fit(tile: Tile, group: int, scale: StoredScale) -> Tile:
+    """The same tile with as many stages as shared memory holds."""
+    while _shared_bytes(tile, group, scale) + tile.stages * 16 + 16 > SHARED_LIMIT:
+        tile = replace(tile, stages=tile.stages - 1)
+    return tile
+
+
+def defines(tile: Tile, weight: ScaledWeight, dtype: torch.dtype) -> dict[str, int | str]:
+    """What the source is compiled with."""
+    return tile.defines(dtype) | {"ELEMENT": weight.element.upper(), "GROUP": weight.group, "SCALE": weight.scale}
+
+
+def _shared_bytes(tile: Tile, group: int, scale: StoredScale) -> int:
+    return tile.shared_bytes(weight_layouts.block_bytes(group, scale), PLANES)
+
+
+def launch(tile: Tile, operand: Operand, weight: ScaledWeight, output: Tensor, bias: Tensor | None = None) -> None:
+    """Enqueue y (tokens, out_features) = x W^T on torch's current stream with the given tile."""
+    device, (tokens, rows) = output.device, output.shape
+    shared_bytes = _shared_bytes(tile, weight.group, weight.scale)
+    kernel = compiler.load_kernel(SOURCE, "gemm", device, defines(tile, weight, output.dtype), shared_bytes)
+    token_tiles, row_tiles = -(-tokens // tile.tokens), -(-rows // (tile.rows * tile.cluster)) * tile.cluster
+    grid, split_tiles = deal(tile, row_tiles * token_tiles, compiler.multiprocessors(device))
+    partials = flags = None
+    if split_tiles:  # a tile of sums for each block, and a flag for each of its warps that own rows
+        _, partials, flags = workspace(device, "w4a16", grid * tile.rows * tile.tokens, grid * tile.row_groups * 4)
+    kernel.launch(
+        grid, tile.threads, weight.blocks, None, operand.codes, weight.row_scale, None, operand.token_scale, None, bias,
+        output, partials, flags, None, rows, tokens, operand.codes.shape[1], weight.blocks.shape[1], row_tiles,
+        token_tiles, split_tiles, overlap=True,
+    )  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------- the operator
+
+
+def _gemm(
+    codes: Tensor,
+    token_scale: Tensor,
+    blocks: Tensor,
+    row_scale: Tensor,
+    bias: Tensor | None,
+    element: str,
+    group: int,
+    scale: str,
+    rows: int,
+    tokens: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    output = torch.empty(tokens, rows, dtype=dtype, device=codes.device)
+    if tokens == 0:
+        return output
+    weight = ScaledWeight((rows, blocks.shape[1] * BLOCK), element, group, scale, blocks, row_scale)  # type: ignore[arg-type]
+    tile = tile_for(rows, tokens, compiler.multiprocessors(codes.device), group, weight.scale)
+    launch(tile, Operand(codes, codes, token_scale, token_scale, codes), weight, output, bias)
+    return output
+
+
+def _gemm_shape(codes: Tensor, *rest: Any) -> Tensor:
+    *_, rows, tokens, dtype = rest
+    return codes.new_empty(tokens, rows, dtype=dtype)
+
+
+_library = torch.library.Library("atom", "FRAGMENT")
+_library.define(
+    "gemm_w4a16(Tensor codes, Tensor token_scale, Tensor blocks, Tensor row_scale, Tensor? bias, str element, "
+    "int group, str scale, SymInt rows, SymInt tokens, ScalarType dtype) -> Tensor"
+)
+_library.impl("gemm_w4a16", _gemm, "CUDA")
+torch.library.register_fake("atom::gemm_w4a16", _gemm_shape, lib=_library)

@@ -15,7 +15,7 @@ from atomcli.errors import AtomError, UnsupportedError
 from atomcli.formats.layout import InputLayout
 from atomcli.formats.scheme import SCHEMES, Scheme
 from atomcli.formats.weights import QuantizedWeight
-from atomcli.kernels import compiler, gemm, gemv, group_gemm, layouts, quantize, warp_gemm
+from atomcli.kernels import compiler, gemm, gemv, group_gemm, layouts, quantize, warp_gemm, weight_gemm, weight_layouts
 from atomcli.kernels.group_layouts import pack_groups
 
 ARCHITECTURES = ("80", "86", "89", "90a", "100a", "120a")
@@ -46,8 +46,11 @@ def choose_for(scheme: Scheme, arch: str) -> Choice:
     """The GEMM for `scheme` on `arch`: on integers where all scales lie outside the sums, else with group scales."""
     if arch not in ARCHITECTURES:
         return Choice(None, f"the kernels are built for sm_{', '.join(ARCHITECTURES)}, not for sm_{arch}")
-    if "float" in (scheme.weights.element, scheme.activations.element):
-        return Choice(None, "weights or activations stay in 16 bits")
+    if scheme.weights.element == "float":
+        return Choice(None, "weights stay in 16 bits")
+    if scheme.activations.element == "float":
+        reason = weight_gemm.why_not(scheme, arch)
+        return Choice(None, reason) if reason else Choice("gemm_w4a16_sm90a", None)
     integer_reason = layouts.scheme_reason(scheme)
     if integer_reason is None:
         bits = scheme.weights.grid.bits
@@ -138,6 +141,9 @@ def prepare(weight: QuantizedWeight, layout: InputLayout) -> Product:
     if choice.kernel is None:
         raise UnsupportedError(f"No kernel serves scheme {scheme.name} on {device}: {choice.reason}.")
     kernel_layout = quantize.prepare_layout(layout, device)
+    if scheme.activations.element == "float":
+        multiply = _with_weight(weight_gemm.linear, weight_layouts.prepare(weight))
+        return Product(choice.kernel, scheme, kernel_layout, "f16", multiply)
     if layouts.scheme_reason(scheme) is None:
         packed = layouts.prepare_weight(weight)
         if not choice.kernel.endswith("sm90a"):

@@ -109,7 +109,8 @@ def slice_operand(operand: Operand, layout: KernelLayout, part: Part) -> Operand
     """The k-blocks of a quantized input that a part multiplies: views, but for the scales of s8 groups."""
     first, last = part.body[0] // BLOCK, -(-part.body[1] // BLOCK)
     codes, outliers, scales = operand.codes, operand.outlier_codes, operand.group_scales
-    held = codes[first : codes.shape[0] if part.outliers and last == layout.body_blocks else last]
+    planes = max(1, codes.shape[0] // layout.blocks)  # two of a k-block where inputs are fp16 numbers
+    held = codes[planes * first : codes.shape[0] if part.outliers and last == layout.body_blocks else planes * last]
     if scales.dim() == 3:
         scales = scales[first:last]
     elif scales.numel():

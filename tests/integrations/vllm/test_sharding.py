@@ -124,3 +124,11 @@ def test_an_operand_is_cut_where_its_part_begins(container: str) -> None:
     assert last.codes[:, 0, 0].tolist() == ([2] if container == "nibble" else [2, 3])
     assert last.group_scales.flatten(1)[:, 0].tolist() == [2]
     assert last.outlier_codes[:, 0, 0].tolist() == ([3] if container == "nibble" else [])
+
+
+def test_an_operand_of_16_bits_has_two_planes_of_a_block() -> None:
+    layout = KernelLayout(512, 512, False, None)
+    planes, per_token = torch.arange(8, dtype=torch.uint8)[:, None, None].expand(8, 8, 128), torch.ones(8)
+    operand = Operand(planes, planes[:0], per_token, per_token, torch.empty(4, 8, 0))
+    part = slice_operand(operand, layout, Part((0, ROWS), (128, 384), False))
+    assert part.codes[:, 0, 0].tolist() == [2, 3, 4, 5]

@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from atomcli.checkpoint.directory import CONFIG, INDEX
 from atomcli.checkpoint.files import write_json
+from atomcli.checkpoint.manifest import ShardRecord
 from atomcli.checkpoint.writer import publish, refuse_occupied, unfinished, write_shard
 from atomcli.errors import UsageError
 from atomcli.models.registry import describe
@@ -133,21 +135,25 @@ def write_parent(
     blocks = int(parsed.num_hidden_layers)
     weights = _Weights(parsed, dtype, seed)
     weight_map: dict[str, str] = {}
-    total = 0
-    for number in range(blocks + 1):
-        file = f"model-{number + 1:05d}-of-{blocks + 1:05d}.safetensors"
-        if number < blocks:
-            shapes = block_shapes(family, parsed, number)
-            names = block_tensors(family, parsed, number)
-            wanted = {names[name]: shape for name, shape in shapes.items()}
-        else:
-            wanted = outer_shapes(family, parsed)
-        tensors = dict(weights.made(wanted))
-        record = write_shard(directory, file, tensors)
-        weight_map |= dict.fromkeys(tensors, file)
-        total += record.bytes
-        if progress is not None:
-            progress(number + 1, blocks + 1)
+    writing: list[Future[ShardRecord]] = []
+    with ThreadPoolExecutor(1) as pool:
+        for number in range(blocks + 1):
+            file = f"model-{number + 1:05d}-of-{blocks + 1:05d}.safetensors"
+            if number < blocks:
+                shapes = block_shapes(family, parsed, number)
+                names = block_tensors(family, parsed, number)
+                wanted = {names[name]: shape for name, shape in shapes.items()}
+            else:
+                wanted = outer_shapes(family, parsed)
+            tensors = weights.made(wanted)
+            if writing:  # one block is written while the next is made, and no more are in memory
+                writing[-1].result()
+            writing.append(pool.submit(write_shard, directory, file, tensors))
+            weight_map |= dict.fromkeys(wanted, file)
+            del tensors
+            if progress is not None:
+                progress(number + 1, blocks + 1)
+    total = sum(written.result().bytes for written in writing)
     write_json(directory / CONFIG, config)
     write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     write_tokenizer(directory)
@@ -189,13 +195,20 @@ class _Weights:
         self.channels = np.exp(0.3 * random.standard_normal(hidden)).astype(np.float32)
         self.channels[self.outliers] *= 10
 
-    def made(self, shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
+    def made(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
         """The tensors of these names and shapes, in the model's dtype."""
+        tensors: dict[str, Tensor] = {}
         # numpy draws outside the interpreter lock.
         with ThreadPoolExecutor() as pool:
-            yield from zip(shapes, pool.map(self._one, shapes, shapes.values()), strict=True)
+            drawing: list[Future[None]] = []
+            for name, shape in shapes.items():
+                tensors[name] = self._vector(name, shape) if len(shape) == 1 else torch.empty(shape, dtype=self.dtype)
+                drawing += [pool.submit(part) for part in self._parts(name, tensors[name])]
+            for part in drawing:
+                part.result()
+        return tensors
 
-    def _one(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def _vector(self, name: str, shape: tuple[int, ...]) -> Tensor:
         random = self._random(name)
         if name.endswith(("norm.weight", "layernorm.weight")):
             values = np.abs(1 + 0.1 * random.standard_normal(shape)).astype(np.float32)
@@ -203,22 +216,29 @@ class _Weights:
             if shape == self.channels.shape and name != FINAL_NORM:
                 values[self.outliers] *= 0.4
             return torch.from_numpy(values).to(self.dtype)
-        if name.endswith(".bias"):
-            return torch.from_numpy(0.1 * random.standard_normal(shape, dtype=np.float32)).to(self.dtype)
-        weight = torch.empty(shape, dtype=self.dtype)
-        rows_scale = self._rows(name, shape, random)
-        columns = shape[1]
+        return torch.from_numpy(0.1 * random.standard_normal(shape, dtype=np.float32)).to(self.dtype)
+
+    def _parts(self, name: str, weight: Tensor) -> Iterator[Callable[[], None]]:
+        """What fills a weight, a few rows each."""
+        if weight.ndim == 1:
+            return
+        random, (rows, columns) = self._random(name), weight.shape
+        rows_scale = self._rows(name, (rows, columns), random)
         spread = np.exp(0.15 * random.standard_normal(columns)).astype(np.float32)
         step = max(1, _SLICE // columns)
-        for start in range(0, shape[0], step):
-            end = min(start + step, shape[0])
-            values = random.standard_normal((end - start, columns), dtype=np.float32)
-            values *= 1 + 0.1 * values * values  # heavier tails than a normal distribution's
-            values *= rows_scale[start:end, None] * spread
-            weight[start:end] = torch.from_numpy(values).to(self.dtype)
-        if name == EMBEDDING:
+        for start in range(0, rows, step):
+            part = slice(start, min(start + step, rows))
+            yield partial(self._fill, name, weight, part, rows_scale[part, None], spread)
+
+    def _fill(
+        self, name: str, weight: Tensor, part: slice, rows: np.ndarray[Any, Any], columns: np.ndarray[Any, Any]
+    ) -> None:
+        values = self._random(f"{name}.{part.start}").standard_normal(weight[part].shape, dtype=np.float32)
+        values *= 1 + 0.1 * values * values  # heavier tails than a normal distribution's
+        values *= rows * columns
+        weight[part] = torch.from_numpy(values)
+        if name == EMBEDDING and part.start <= 1 < part.stop:
             weight[1, torch.from_numpy(self.massive)] = _MASSIVE * 10
-        return weight
 
     def _rows(self, name: str, shape: tuple[int, ...], random: np.random.Generator) -> np.ndarray[Any, Any]:
         """The scale of each row: what adds to the stream has the stream's channels and shrinks with the depth."""

@@ -12,29 +12,33 @@ struct Walk {
     const Place& place;
     Schedule schedule;
     Corner corner;
-    int unit = 0, last = 0;  // of the segment: where it stands and ends
-    int count = 0;           // blocks of this stage
+    int unit = 0, body_end = 0, last = 0;  // of the segment: where it stands, and where its body and all of it end
+    int count = 0;                         // blocks of this stage
 
     INLINE Walk(const Problem& problem, const Place& place) : problem(problem), place(place), schedule(place.schedule()) {}
 
-    INLINE bool at_body() const { return unit < problem.blocks; }
+    INLINE bool at_body() const { return unit < body_end; }
     INLINE bool at_finish() const { return unit == schedule.units - 1; }
 
-    INLINE void advance() { unit += count; }
+    INLINE void advance() {
+        unit += count;
+        if (PARTS > 1 && unit == body_end) unit = problem.blocks;
+    }
 
     // The stage after the last one advanced over; false at the end. `entered` tells that a segment begins.
     INLINE bool next(bool& entered) {
         entered = false;
         while (unit == last) {
             Segment segment;
-            if (!schedule.next(segment)) return false;
+            if (!place.next(schedule, segment)) return false;
             corner = place.corner(segment.tile);
             // Who finishes a tile does the whole outlier block; another's segment ends with its last body block.
             unit = min(segment.first, problem.blocks);
-            last = segment.last == schedule.units ? segment.last : min(segment.last, problem.blocks);
+            body_end = min(segment.last, problem.blocks);
+            last = segment.finishes ? schedule.units : body_end;
             entered = true;
         }
-        count = at_body() ? min(STAGE_BLOCKS, min(last, problem.blocks) - unit) : 1;
+        count = at_body() ? min(STAGE_BLOCKS, body_end - unit) : 1;
         return true;
     }
 };

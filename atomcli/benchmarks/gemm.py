@@ -15,9 +15,11 @@ from torch import Tensor
 
 from atomcli.benchmarks.report import Measure, Row, measure
 from atomcli.errors import AtomError, UnsupportedError
+from atomcli.formats.groups import group_count
 from atomcli.formats.layout import InputLayout
 from atomcli.formats.scheme import SCHEMES, Scheme
-from atomcli.kernels import dispatch, gemm, layouts, quantize, timing, tune
+from atomcli.formats.weights import QuantizedWeight
+from atomcli.kernels import dispatch, gemm, layouts, quantize, timing, tune, weight_gemm, weight_layouts
 from atomcli.kernels.tiles import Tile
 
 ROTATED_BYTES = 220_000_000  # more than any card's L2 holds
@@ -29,11 +31,15 @@ Product = Callable[[], object]
 
 @dataclass(frozen=True)
 class Contender:
-    """A product to time: `build(N, K, M, copies)` gives a call for each copy of the weight; `weight_bits` as stored."""
+    """A product to time: `build(N, K, M, copies)` gives a call for each copy of the weight.
+
+    `weight_bits` as stored; `operand_bits` of the activations, and of the arithmetic.
+    """
 
     name: str
     weight_bits: float
     build: Callable[[int, int, int, int], list[Product]]
+    operand_bits: int = 8
 
 
 def run(
@@ -98,14 +104,15 @@ def _case(
         if time is None:
             rows.append(Row(labels, dict.fromkeys(_MEASURES), notes[contender.name]))
             continue
-        bytes_moved = out_features * in_features * contender.weight_bits / 8 + tokens * (in_features + 2 * out_features)
+        bytes_moved = out_features * in_features * contender.weight_bits / 8
+        bytes_moved += tokens * (in_features * contender.operand_bits / 8 + 2 * out_features)
         values = {
             "time": time,
             "TOPS": _per_time(time, operations / 1e12 * 1e6, "TOPS"),
             "GB/s": _per_time(time, bytes_moved / 1e9 * 1e6, "GB/s"),
             "vs bf16": _per_time(time, times[_CUBLAS_BF16.name].median, "×"),
             "vs best peer": _per_time(time, best_peer, "×") if best_peer else None,
-            "of limit": _per_time(time, 100e6 * _limit(bytes_moved, operations), "%"),
+            "of limit": _per_time(time, 100e6 * _limit(bytes_moved, operations * contender.operand_bits / 8), "%"),
         }
         rows.append(Row(labels, values))
     return rows
@@ -120,7 +127,7 @@ def _per_time(time: Measure, amount: float, unit: str) -> Measure:
 
 
 def _limit(bytes_moved: float, operations: float) -> float:
-    """Seconds the card needs at least, on memory or on 8-bit arithmetic, whichever is longer."""
+    """Seconds the card needs at least, on memory or on 8-bit operations, whichever is longer."""
     name = torch.cuda.get_device_name()
     card = next((key for key in MEMORY_BANDWIDTH if key in name), "H100")
     return max(bytes_moved / MEMORY_BANDWIDTH[card], operations / INT8_PEAK[card])
@@ -140,13 +147,15 @@ SUFFIXES: dict[Before, str] = {
 
 def _ours(scheme: Scheme) -> list[Contender]:
     """The GEMM alone, and after what comes before it in a model."""
-    bits = scheme.weights.grid.bits
-    stored = bits + (8 / scheme.weights.group if scheme.weights.group else 0)
+    scale_bits = 16 if scheme.weights.scale == "fp16" else 8
+    stored = scheme.weights.grid.bits + (scale_bits / scheme.weights.group if scheme.weights.group else 0)
+    operand_bits = 16 if scheme.activations.element == "float" else 8
 
     def contender(before: Before, suffix: str) -> Contender:
-        return Contender(
-            f"atom {scheme.name}{suffix}", stored, lambda n, k, m, copies: _products(scheme, n, k, m, copies, before)
-        )
+        def build(n: int, k: int, m: int, copies: int) -> list[Product]:
+            return _products(scheme, n, k, m, copies, before)
+
+        return Contender(f"atom {scheme.name}{suffix}", stored, build, operand_bits)
 
     return [contender(before, suffix) for before, suffix in SUFFIXES.items()]
 
@@ -154,24 +163,31 @@ def _ours(scheme: Scheme) -> list[Contender]:
 def _products(
     scheme: Scheme, out_features: int, in_features: int, tokens: int, copies: int, before: Before
 ) -> list[Product]:
-    reason = dispatch.choose(scheme, "cuda", in_features).reason or layouts.scheme_reason(scheme)
+    takes_floats = scheme.activations.element == "float"
+    reason = dispatch.choose(scheme, "cuda", in_features).reason or (
+        None if takes_floats else layouts.scheme_reason(scheme)
+    )
     if reason:
         raise UnsupportedError(reason)
+    container: quantize.Container = "f16" if takes_floats else "s8"
     layout = quantize.prepare_layout(_layout(scheme, in_features), "cuda")
     x = torch.randn(tokens, in_features, device="cuda", dtype=torch.bfloat16)
     norm = torch.rand(in_features, device="cuda", dtype=torch.bfloat16)
-    operand = quantize.quantize(x, scheme, layout)
-    weights = [_random_weight(scheme, out_features, in_features) for _ in range(copies)]
+    operand = quantize.quantize(x, scheme, layout, container)
 
     def prepared() -> quantize.Operand:
         if before == "quantize":
-            return quantize.quantize(x, scheme, layout)
+            return quantize.quantize(x, scheme, layout, container)
         if before == "norm and quantize":
-            return quantize.norm_quantize(x, norm, 1e-6, scheme, layout)[0]
+            return quantize.norm_quantize(x, norm, 1e-6, scheme, layout, container=container)[0]
         if before == "norm":
             torch.nn.functional.rms_norm(x, (in_features,), norm, 1e-6)
         return operand
 
+    if takes_floats:
+        scaled = [_random_scaled_weight(scheme, out_features, in_features) for _ in range(copies)]
+        return [lambda w=w: weight_gemm.linear(prepared(), w, tokens, torch.bfloat16) for w in scaled]  # type: ignore[misc]
+    weights = [_random_weight(scheme, out_features, in_features) for _ in range(copies)]
     return [lambda weight=weight: gemm.linear(prepared(), weight, tokens, torch.bfloat16) for weight in weights]  # type: ignore[misc]
 
 
@@ -218,6 +234,24 @@ def _random_weight(scheme: Scheme, out_features: int, in_features: int) -> layou
         return layouts.GemmWeight(bits, (out_features, in_features), body, scale)
     outliers = _normal((row_groups, layouts.INT8_BLOCK_BYTES), 34, -127, 127).view(torch.uint8)
     return layouts.GemmWeight(bits, (out_features, in_features), body, scale, outliers, scale)
+
+
+def _random_scaled_weight(scheme: Scheme, out_features: int, in_features: int) -> weight_layouts.ScaledWeight:
+    """The same for 16-bit activations; uniform codes where they are E2M1."""
+    format, rows = scheme.weights, (out_features, in_features)
+    codes = _normal(rows, 2.7, -7, 7)
+    if format.element == "e2m1":
+        codes = torch.randint(0, 16, rows, device="cuda", dtype=torch.int8)
+    random = torch.rand(out_features, group_count(in_features, format.group), device="cuda") + 0.5
+    scales = {
+        "two_level": lambda: (random * 10).to(torch.int8),
+        "fp16": lambda: (random * 1e-2).half(),
+        "e8m0": lambda: (random * 4 + 118).to(torch.uint8),
+        "e4m3": lambda: (random * 200).to(torch.float8_e4m3fn),
+    }
+    stored = scales[format.scale]() if format.scale in scales else None
+    unit = torch.full((1 if format.scale == "e4m3" else out_features,), 1e-3, device="cuda")
+    return weight_layouts.prepare(QuantizedWeight.from_codes(scheme, codes, stored, unit))
 
 
 def _normal(shape: tuple[int, ...], deviation: float, low: int, high: int) -> Tensor:
@@ -271,7 +305,45 @@ def _deep_gemm(out_features: int, in_features: int, tokens: int, copies: int) ->
     return [functools.partial(deep_gemm.fp8_gemm_nt, (x, token_scales), (w, block_scales), y) for w in weights]
 
 
-_CUBLAS_BF16 = Contender("cuBLAS bf16", 16, _bf16)
+def _marlin(out_features: int, in_features: int, tokens: int, copies: int) -> list[Product]:
+    from vllm import _custom_ops
+    from vllm.model_executor.layers.quantization.utils.marlin_utils import marlin_make_workspace_new
+    from vllm.scalar_type import scalar_types
+
+    x = torch.randn(tokens, in_features, device="cuda", dtype=torch.bfloat16)
+    scales = torch.rand(in_features // 128, out_features, device="cuda").bfloat16()
+    none, workspace = torch.empty(0, dtype=torch.int32, device="cuda"), marlin_make_workspace_new(x.device)
+    weights = [_random_words(in_features // 16, 2 * out_features) for _ in range(copies)]
+    return [
+        functools.partial(
+            _custom_ops.marlin_gemm, x, None, w, None, scales, None, None, None, none, none, workspace,
+            scalar_types.uint4b8, tokens, out_features, in_features, use_fp32_reduce=True,
+        )
+        for w in weights
+    ]  # fmt: skip
+
+
+def _machete(out_features: int, in_features: int, tokens: int, copies: int) -> list[Product]:
+    from vllm import _custom_ops
+    from vllm.scalar_type import scalar_types
+
+    kind = scalar_types.uint4b8
+    x = torch.randn(tokens, in_features, device="cuda", dtype=torch.bfloat16)
+    scales = torch.rand(in_features // 128, out_features, device="cuda").bfloat16()
+    packed = [_random_words(out_features, in_features // 8).t() for _ in range(copies)]
+    weights = [_custom_ops.machete_prepack_B(w, torch.bfloat16, kind, torch.bfloat16) for w in packed]
+    multiply = functools.partial(
+        _custom_ops.machete_mm, x, b_type=kind, out_type=torch.bfloat16, b_group_scales=scales, b_group_size=128
+    )
+    return [functools.partial(multiply, b_q=w) for w in weights]
+
+
+def _random_words(*shape: int) -> Tensor:
+    """Eight random codes of 4 bits to a word."""
+    return torch.randint(-(2**31), 2**31, shape, device="cuda", dtype=torch.int32)
+
+
+_CUBLAS_BF16 = Contender("cuBLAS bf16", 16, _bf16, 16)
 
 
 def _peers() -> list[Contender]:
@@ -281,6 +353,8 @@ def _peers() -> list[Contender]:
     peers = [Contender("cuBLASLt fp8", 8, _fp8), Contender("torch int8", 8, _torch_int8)]
     if find_spec("vllm"):
         peers.append(Contender("CUTLASS int8 (vLLM)", 8, _vllm_int8))
+        peers.append(Contender("Marlin w4a16 (vLLM)", 4.125, _marlin, 16))
+        peers.append(Contender("Machete w4a16 (vLLM)", 4.125, _machete, 16))
     if find_spec("deep_gemm"):
         peers.append(Contender("DeepGEMM fp8", 8, _deep_gemm))
     return peers

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,17 +26,19 @@ from atomcli.checkpoint.files import read_json, write_json
 from atomcli.checkpoint.tensorfile import TensorFile
 from atomcli.checkpoint.writer import publish, unfinished, write_shard
 from atomcli.errors import InputError, RunError, UsageError
+from atomcli.models.tensors import block_name
 from atomcli.pipeline.ahead import Ahead, Behind
 from atomcli.pipeline.held import Held, held_on
 from atomcli.pipeline.journal import LOCK, Journal, differences, opened
-from atomcli.pipeline.model import Walk, full_name, start_walk
+from atomcli.pipeline.model import Walk, start_walk
+from atomcli.pipeline.passes import drop, pass_through, write_embedded
 from atomcli.pipeline.progress import Progress, Silent
 from atomcli.pipeline.ranks import ALONE, Ranks
 from atomcli.pipeline.routing import Once, Routing, routing_of
 from atomcli.pipeline.stream import AtOnce, Stream, run
 from atomcli.recipe import Recipe
 from atomcli.runtime.attention import Attention
-from atomcli.runtime.decoder import build_block, embed, read_outer
+from atomcli.runtime.decoder import build_block
 from atomcli.text import calibration_windows
 from atomcli.version import __version__
 
@@ -156,9 +158,10 @@ def calibrate(
         with ThreadPoolExecutor(2, "atom") as pool, journal.same_threads():
             ahead, behind = Ahead(walk, pool), Behind(pool)
             try:
-                for index in range(len(journal.steps), walk.blocks):
-                    if index == 0:
-                        write_embedded(walk, tokens, stream, [rows for rows, _ in ranks.rounds(tokens.shape[0])])
+                done = len(journal.steps)
+                if done == 0 or (journal.restarted and done < walk.blocks):
+                    stream = _again(walk, tokens, stream, done, ranks)
+                for index in range(done, walk.blocks):
                     after, found = _calibrate_block(walk, index, ahead.take(index), stream, ranks)
                     behind.write(partial(_publish_block, source, journal, index, (stream, after), found, ranks))
                     stream = after
@@ -206,29 +209,23 @@ def open_calibration(directory: Path, source: Source) -> Calibration:
     return Calibration(directory, identity, tokens, files)
 
 
-def embedded(walk: Walk, tokens: Tensor, rows: Iterable[range]) -> Iterator[Iterator[Tensor]]:
-    """The first block's input, for each range of rows one sequence at a time."""
-    model = read_outer(walk.family, walk.source)
-
-    def one_by_one(part: range) -> Iterator[Tensor]:
-        with torch.inference_mode():
-            for row in part:
-                yield embed(model, tokens[row : row + 1])
-
-    for part in rows:
-        yield one_by_one(part)
-
-
-def write_embedded(walk: Walk, tokens: Tensor, stream: Stream, rows: list[range]) -> None:
-    """Begin a stream: the first block's input for these ranges of its sequences."""
-    for part, outputs in zip(rows, embedded(walk, tokens, rows), strict=True):
-        stream.part(part).write(outputs, "the embedding", sync=False)
-
-
 def _stream(walk: Walk, tokens: Tensor, directory: Path, index: int, held: Held | None) -> Stream:
     """The generation of the parent's stream that goes into block `index`."""
     shape = (tokens.shape[0], tokens.shape[1], walk.config.hidden_size)
     return Stream(directory / f"parent-{index:05d}.stream", shape, walk.source.dtype, held=held)
+
+
+def _again(walk: Walk, tokens: Tensor, stream: Stream, done: int, ranks: Ranks) -> Stream:
+    """The stream into block `done`, from the embedding on, for the file may be lost."""
+    stream = stream.at(stream.path.with_name("parent-00000.stream"))
+    write_embedded(walk, tokens, stream, [rows for rows, _ in ranks.rounds(tokens.shape[0])])
+    for index in range(done):
+        after = stream.at(stream.path.with_name(f"parent-{index + 1:05d}.stream"))
+        block = build_block(walk.family, walk.config, index, walk.read(index))
+        pass_through(walk, block, index, stream, after, AtOnce(walk.sequences_at_once(stream.shape[1])), ranks)
+        drop(stream, ranks)
+        stream = after
+    return stream
 
 
 def _calibrate_block(
@@ -236,8 +233,7 @@ def _calibrate_block(
 ) -> tuple[Stream, dict[str, Tensor]]:
     """Run one block of the parent; returns the stream after it and its statistics, whole on the first process."""
     block = build_block(walk.family, walk.config, index, tensors)
-    path = stream.path.with_name(f"parent-{index + 1:05d}.stream")
-    after = Stream(path, stream.shape, stream.dtype, held=stream.held)
+    after = stream.at(stream.path.with_name(f"parent-{index + 1:05d}.stream"))
     at_once = AtOnce(walk.sequences_at_once(stream.shape[1]))
     attention = block.self_attn
     assert isinstance(attention, Attention)
@@ -247,7 +243,7 @@ def _calibrate_block(
         for rows, active in ranks.rounds(stream.shape[0]):
             routing.again(rows.start)
             outputs = run(stream.part(rows), at_once, lambda chunk: walk.forward(block, index, chunk), routing.again)
-            after.part(rows).write(outputs, full_name(index, "").rstrip("."), sync=False)
+            after.part(rows).write(outputs, block_name(index), sync=False)
             for collector in collectors.values():
                 collector.fold(ranks, active)
             keys.fold(ranks, active)
@@ -267,7 +263,7 @@ def _publish_block(
 ) -> None:
     """Put a block's statistics and the stream after it on disk and into the journal."""
     before, after = streams
-    after.sync()
+    after.settle()
     ranks.arrive(f"calibrated-{index}")
     if not ranks.first:
         return

@@ -6,9 +6,10 @@ divergence is the expected one; the written checkpoint is then opened again, blo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from atomcli.checkpoint.tensorfile import TensorFile
 from atomcli.checkpoint.verify import verify_checkpoint
 from atomcli.checkpoint.writer import shard_file
 from atomcli.errors import RunError
+from atomcli.formats.scheme import KVFormat, Scheme
 from atomcli.models.tensors import block_name
 from atomcli.pipeline.model import Walk
 from atomcli.pipeline.progress import Progress
@@ -90,7 +92,8 @@ def verify(
     with torch.inference_mode():
         before = [embed(outer, sequence[None].to(walk.device)) for sequence in tokens]
         for index in range(walk.blocks):
-            block = _reopened_block(directory, plan, walk, index).to(walk.device)
+            kv = plan.cache_of(index)
+            block = reopened_block(directory, walk, index, plan.linears, plan.schemes, kv).to(walk.device)
             before = [walk.forward(block, index, hidden) for hidden in before]
             progress.advance(index + 1)
     reopened = Stream(road.path.with_name("reopened.stream"), road.shape, road.dtype)
@@ -120,22 +123,26 @@ def _log_probabilities(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     return torch.log_softmax(logits(model, hidden).double(), dim=-1)
 
 
-def _reopened_block(directory: Path, plan: Plan, walk: Walk, index: int) -> nn.Module:
-    block = empty_block(walk.family, walk.config, index, plan.cache_of(index))
+def reopened_block(
+    directory: Path,
+    walk: Walk,
+    index: int,
+    linears: Mapping[str, Mapping[str, Any]],
+    schemes: Mapping[str, Scheme],
+    kv: KVFormat,
+) -> nn.Module:
+    """A quantized block made of its shard, in the host's memory; `linears` are entries of quantization_config."""
+    block = empty_block(walk.family, walk.config, index, kv)
     prefix = f"{block_name(index)}."
-    for name, entry in plan.linears.items():
-        if name.startswith(prefix):
-            linear = QuantLinear.from_entry(dict(entry), dict(plan.schemes), walk.source.dtype, "meta")
-            block.set_submodule(name.removeprefix(prefix), linear)
-    tensors = {name.removeprefix(prefix): tensor for name, tensor in _shard(directory, index).items()}
-    _load(block, tensors)
+    entries = {name.removeprefix(prefix): entry for name, entry in linears.items() if name.startswith(prefix)}
+    for name, entry in entries.items():
+        block.set_submodule(name, QuantLinear.from_entry(entry, schemes, walk.source.dtype, "meta"))
+    _load(block, {name.removeprefix(prefix): tensor for name, tensor in _shard(directory, index).items()})
     # Sites share their quantized input only after their tensors are there to be compared.
-    for name in plan.linears:
-        if name.startswith(prefix):
-            relative = name.removeprefix(prefix)
-            module = block.get_submodule(relative)
-            assert isinstance(module, QuantLinear)
-            quantize_linear(block, relative, module)
+    for name in entries:
+        module = block.get_submodule(name)
+        assert isinstance(module, QuantLinear)
+        quantize_linear(block, name, module)
     return block
 
 

@@ -135,6 +135,8 @@ def _work(
         done = len(journal.steps)
         progress.begin("quantize", walk.blocks)
         progress.advance(done)
+        if journal.restarted and 0 < done < walk.blocks and road.with_hessians:
+            road.restore(journal.steps)
         with road.working():
             for index in range(done, walk.blocks):
                 step = road.block(index, journal)

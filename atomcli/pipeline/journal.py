@@ -1,9 +1,12 @@
 """How a run resumes: a journal of finished steps, published by one atomic rename after each.
 
 A run works in a directory of its own. Whatever a step makes (a shard, statistics, the hidden states after a block) is
-written and synced under its final name first; only then does the journal that mentions it replace the journal that
-doesn't. A crash therefore loses the step it interrupts and nothing else, and files that the journal doesn't mention
-mean nothing.
+written under its final name first; only then does the journal that mentions it replace the journal that doesn't. A
+crash therefore loses the step it interrupts and nothing else, and files that the journal doesn't mention mean nothing.
+
+Shards, statistics and the journal are synced. Hidden states are not: they are gigabytes a block, mostly deleted before
+they would reach the disk, and can be computed again. A process that dies leaves them in the page cache, a machine that
+loses its power doesn't; so the journal says since which start of the machine it was written.
 
 The journal begins with the run's identity: everything its result depends on (model, recipe, tokens, versions). A run
 continues only under the same identity; otherwise the difference is said. It also keeps the number of threads the run
@@ -16,12 +19,14 @@ import fcntl
 import json
 import logging
 import os
+import platform
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from atomcli.checkpoint.files import TEMPORARY, read_json, write_error, write_json
@@ -85,8 +90,17 @@ def opened(directory: Path, identity: Mapping[str, Any], ranks: Ranks, restart: 
 class Journal:
     """The finished steps of one run, in order, each with the plain data that a later step or the report needs."""
 
-    def __init__(self, directory: Path, identity: dict[str, Any], threads: int, steps: list[dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        identity: dict[str, Any],
+        threads: int,
+        steps: list[dict[str, Any]],
+        restarted: bool = False,
+    ) -> None:
         self.directory, self.identity, self.threads, self.steps = directory, identity, threads, steps
+        # The machine was started anew since the last step: what wasn't synced may be lost.
+        self.restarted = restarted
 
     @classmethod
     def open(cls, directory: Path, identity: Mapping[str, Any], restart: bool = False) -> Journal:
@@ -104,7 +118,7 @@ class Journal:
                 steps, threads = data.get("steps"), data.get("threads")
                 if not isinstance(steps, list) or not isinstance(threads, int):
                     raise InputError(f"{path} is damaged: it has no list of steps", f"Delete {directory} and run again")
-                return cls(directory, wanted, threads, steps)
+                return cls(directory, wanted, threads, steps, restarted=data.get("machine") != machine())
             changed = "; ".join(differences(data.get("identity", {}), wanted)) or "the journal's version changed"
             if not restart:
                 raise UsageError(
@@ -148,8 +162,22 @@ class Journal:
     def _write(self) -> None:
         write_json(
             self.directory / JOURNAL,
-            {"version": _VERSION, "identity": self.identity, "threads": self.threads, "steps": self.steps},
+            {
+                "version": _VERSION,
+                "identity": self.identity,
+                "threads": self.threads,
+                "machine": machine(),
+                "steps": self.steps,
+            },
         )
+
+
+def machine() -> str:
+    """What stays the same until the machine is started anew, and differs from that of any other machine."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:  # no Linux
+        return f"{platform.node()} since {psutil.boot_time():.0f}"
 
 
 def beside(directory: Path) -> Path:

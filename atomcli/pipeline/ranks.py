@@ -32,7 +32,7 @@ SLOTS = 16
 # One process may work alone for hours (the selection, the proof) while the others wait.
 _PATIENCE = timedelta(days=30)
 _SECONDS_BETWEEN_LOOKS = 0.2
-_SECONDS_FOR_GOODBYES = 5.0
+_SECONDS_FOR_GOODBYES = 10.0
 
 
 def slots(samples: int) -> list[range]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,10 +23,11 @@ from atomcli.errors import InputError, RunError
 from atomcli.models.tensors import block_name
 from atomcli.pipeline import check, pack
 from atomcli.pipeline.ahead import Ahead, Behind
-from atomcli.pipeline.calibrate import Calibration, Statistics, write_embedded
+from atomcli.pipeline.calibrate import Calibration, Statistics
 from atomcli.pipeline.held import Held, held_on
 from atomcli.pipeline.hessians import Hessian, InputsSeen, Target, pooled, watched
 from atomcli.pipeline.parameters import Outcome, cache_tensors, fold, input_ranges, quantize_block, targets
+from atomcli.pipeline.passes import drop, pass_through, write_embedded
 from atomcli.pipeline.ranks import Ranks, owners
 from atomcli.pipeline.shares import share_linears
 from atomcli.pipeline.stream import AtOnce, Stream, is_out_of_memory, run
@@ -94,6 +95,17 @@ class Road:
         """The streams that go into block `index`."""
         return Streams(self.walk, self.directory, index, self.tokens, self._held)
 
+    def restore(self, steps: Sequence[Mapping[str, Any]]) -> None:
+        """Make the calibration stream after finished blocks again, which a restart of the machine may have taken."""
+        walk, schemes = self.walk, {name: scheme for scheme, name in self.names.items()}
+        self._embed_calibration(self.streams(0))
+        for index, step in enumerate(steps):
+            kv = self.plan.cache[index]
+            block = check.reopened_block(self.directory, walk, index, step["linears"], schemes, kv).to(walk.device)
+            before, after = self.streams(index).calibration, self.streams(index + 1).calibration
+            pass_through(walk, block, index, before, after, self._at_once, self.ranks)
+            drop(before, self.ranks)
+
     def block(self, index: int, journal: Journal) -> dict[str, Any]:
         """Quantize block `index`; its shard and the streams after it are on disk, and in the journal, a little later.
 
@@ -117,11 +129,7 @@ class Road:
         del tensors
         outcomes = self._quantize(block, index, energies, statistics, before)
         if self.with_hessians and index + 1 < walk.blocks:
-            for rows, _ in self.ranks.rounds(self.tokens.shape[0]):
-                outputs = run(
-                    before.calibration.part(rows), self._at_once, lambda chunk: walk.forward(block, index, chunk)
-                )
-                after.calibration.part(rows).write(outputs, block_name(index), sync=False)
+            pass_through(walk, block, index, before.calibration, after.calibration, self._at_once, self.ranks)
         if self.ranks.first:
             check.advance(walk, block, index, before.checkpoint, after.checkpoint)
         step = {
@@ -141,7 +149,7 @@ class Road:
 
         def write() -> None:
             if self.with_hessians and index + 1 < self.walk.blocks:
-                after.calibration.sync()
+                after.calibration.settle()
             ranks.arrive(where)
             if not ranks.first:
                 return
@@ -244,11 +252,14 @@ class Road:
         """The streams into the first block."""
         proof = check.check_tokens(self.tokens)
         if self.with_hessians:
-            rows = [rows for rows, _ in self.ranks.rounds(self.tokens.shape[0])]
-            write_embedded(self.walk, self.tokens, streams.calibration, rows)
+            self._embed_calibration(streams)
         if self.ranks.first:
             for stream in (streams.parent, streams.checkpoint):
                 write_embedded(self.walk, proof, stream, [range(proof.shape[0])])
+
+    def _embed_calibration(self, streams: Streams) -> None:
+        rows = [rows for rows, _ in self.ranks.rounds(self.tokens.shape[0])]
+        write_embedded(self.walk, self.tokens, streams.calibration, rows)
 
 
 # GPTQ holds about so many matrices of a Hessian's size: it, its mirror, its factors and what they come from.

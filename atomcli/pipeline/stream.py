@@ -52,6 +52,10 @@ class Stream:
         """The same stream, of which only these sequences are read and written."""
         return Stream(self.path, self.shape, self.dtype, rows, self.held)
 
+    def at(self, path: Path) -> Stream:
+        """Another generation of the same sequences, in another file."""
+        return Stream(path, self.shape, self.dtype, self.rows, self.held)
+
     @property
     def _row_bytes(self) -> int:
         return math.prod(self.shape[1:]) * self.dtype.itemsize
@@ -61,8 +65,7 @@ class Stream:
         if self.held is not None and (slot := self.held.slot(self.rows)) is not None:
             yield from (chunk.clone() if chunk.data_ptr() % _ALIGNMENT else chunk for chunk in slot.split(sequences))
             return
-        if self.held is not None:
-            self.held.settle(self.path)
+        self.settle()
         row = self._row_bytes
         if not self.path.is_file() or self.path.stat().st_size != self.shape[0] * row:
             raise InputError(
@@ -85,7 +88,7 @@ class Stream:
     def write(self, chunks: Iterator[Tensor], where: str, sync: bool = True) -> None:
         """Write all of its sequences; `where` names what put them out. RunError when not finite or the disk is full.
 
-        Without `sync` the caller calls `sync` before it relies on the file.
+        Without `sync` the caller calls `settle` before it relies on the file.
         """
         slot = self.held.room(self.rows, self.shape[1:], self.dtype) if self.held is not None else None
         written = self._write_to_file(chunks, where) if slot is None else self._hold(slot, chunks, where)
@@ -144,10 +147,14 @@ class Stream:
         except OSError as error:
             raise write_error(self.path, error, total, missing) from error
 
-    def sync(self) -> None:
-        """Make what was written survive a power cut; RunError when the disk doesn't take it."""
+    def settle(self) -> None:
+        """Wait until all that was written is in the file, where a process that dies can't lose it."""
         if self.held is not None:
             self.held.settle(self.path)
+
+    def sync(self) -> None:
+        """Make what was written survive a power cut as well; RunError when the disk doesn't take it."""
+        self.settle()
         try:
             with self.path.open("rb") as file:
                 os.fsync(file.fileno())

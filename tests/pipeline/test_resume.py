@@ -13,6 +13,7 @@ import pytest
 import atomcli.pipeline.calibrate as calibration_stage
 import atomcli.pipeline.compress as order
 import atomcli.pipeline.finish as ending
+import atomcli.pipeline.journal as journals
 import atomcli.pipeline.road as road
 from atomcli.errors import InputError, RunError, UsageError
 from atomcli.pipeline.calibrate import calibrate
@@ -259,3 +260,22 @@ def test_hidden_states_that_are_held_change_nothing(slots, expected, parent, tok
                 compress(source, small_recipe(), tmp_path / "out", tokens=tokens, device="cpu")
     compress(source, small_recipe(), tmp_path / "out", tokens=tokens, device="cpu")
     assert files_of(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.parametrize(("stage", "call"), [(calibration_stage, 3), (road, 3)], ids=["calibrate", "quantize"])
+def test_what_a_power_cut_takes_is_computed_again(stage, call, family, parent, tokens, tmp_path, monkeypatch):
+    """Hidden states are not synced: after a restart of the machine their files are worth nothing."""
+    compress(parent(family, **LAYERS), small_recipe(), tmp_path / "whole", tokens=tokens, device="cpu")
+    with monkeypatch.context() as patch:
+        patch.setattr(journals, "machine", lambda: "before")
+        interrupt_at(patch, stage, "write_shard", call)
+        with pytest.raises(Interrupted):
+            compress(parent(family, **LAYERS), small_recipe(), tmp_path / "out", tokens=tokens, device="cpu")
+    unsynced = "calibration-*" if stage is road else "parent-*"
+    lost = list(tmp_path.glob(f"out.unfinished/**/{unsynced}.stream"))
+    assert lost
+    for file in lost:
+        file.write_bytes(b"")
+    compress(parent(family, **LAYERS), small_recipe(), tmp_path / "out", tokens=tokens, device="cpu")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")

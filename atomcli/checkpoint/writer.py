@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from io import RawIOBase
 from pathlib import Path
 from types import MappingProxyType
@@ -54,15 +55,18 @@ def write_shard(directory: Path, file: str, tensors: Mapping[str, Tensor]) -> Sh
         # Some network file systems report no sizes at all.
         if disk.total and disk.free < total:
             raise disk_full(path, total, total - disk.free)
-        with temporary.open("wb", buffering=0) as out:
+        with temporary.open("wb", buffering=0) as out, ThreadPoolExecutor(2) as pool:
             _write(out, memoryview(header))
             for name in order:
                 tensor = tensors[name]
                 data = _bytes(tensor)
-                digest = hashlib.sha256(data)
-                whole.update(data)
+                # hashlib lets go of the interpreter lock: both digests are taken while the bytes are written.
+                digest, hashed = pool.submit(hashlib.sha256, data), pool.submit(whole.update, data)
                 _write(out, data)
-                records[name] = TensorRecord(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), digest.hexdigest())
+                hashed.result()
+                records[name] = TensorRecord(
+                    DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), digest.result().hexdigest()
+                )
             os.fsync(out.fileno())
         temporary.replace(path)
         sync_directory(directory)

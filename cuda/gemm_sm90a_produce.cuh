@@ -12,33 +12,29 @@ struct Walk {
     const Place& place;
     Schedule schedule;
     Corner corner;
-    int unit = 0, body_end = 0, last = 0;  // of the segment: where it stands, and where its body and all of it end
-    int count = 0;                         // blocks of this stage
+    int unit = 0, last = 0;  // of the segment: where it stands and ends
+    int count = 0;           // blocks of this stage
 
     INLINE Walk(const Problem& problem, const Place& place) : problem(problem), place(place), schedule(place.schedule()) {}
 
-    INLINE bool at_body() const { return unit < body_end; }
+    INLINE bool at_body() const { return unit < problem.blocks; }
     INLINE bool at_finish() const { return unit == schedule.units - 1; }
 
-    INLINE void advance() {
-        unit += count;
-        if (PARTS > 1 && unit == body_end) unit = problem.blocks;
-    }
+    INLINE void advance() { unit += count; }
 
     // The stage after the last one advanced over; false at the end. `entered` tells that a segment begins.
     INLINE bool next(bool& entered) {
         entered = false;
         while (unit == last) {
             Segment segment;
-            if (!place.next(schedule, segment)) return false;
+            if (!schedule.next(segment)) return false;
             corner = place.corner(segment.tile);
             // Who finishes a tile does the whole outlier block; another's segment ends with its last body block.
             unit = min(segment.first, problem.blocks);
-            body_end = min(segment.last, problem.blocks);
-            last = segment.finishes ? schedule.units : body_end;
+            last = segment.last == schedule.units ? segment.last : min(segment.last, problem.blocks);
             entered = true;
         }
-        count = at_body() ? min(STAGE_BLOCKS, body_end - unit) : 1;
+        count = at_body() ? min(STAGE_BLOCKS, min(last, problem.blocks) - unit) : 1;
         return true;
     }
 };
@@ -110,13 +106,18 @@ INLINE void produce_activations(const Problem& problem, const Place& place, cons
             barrier_arrive_expecting(full, operand);
         }
         if (operand == 0) continue;
-        if (CLUSTER > 1) {
-            // Each block of the cluster copies its share of the tokens to all of them.
+        const bool gapless = problem.padded_tokens == TOKENS && tokens == TOKENS;  // planes follow each other in memory
+        if (CLUSTER > 1 && gapless) {
+            // Each block of the cluster copies its share to all of them.
+            const int share = operand / CLUSTER, offset = place.rank * share;
+            bulk_copy_multicast(ring.activations(at.stage) + offset, source + offset, share, full, (1 << CLUSTER) - 1, policy);
+            source += operand;
+        } else if (CLUSTER > 1) {  // its share of the tokens
             constexpr int SHARE = TOKENS / CLUSTER;
             const int offset = place.rank * SHARE * 128, bytes = min(SHARE, tokens - place.rank * SHARE) * 128;
             for (int plane = 0; plane < planes && bytes > 0; ++plane, source += plane_bytes)
                 bulk_copy_multicast(ring.plane(at.stage, plane) + offset, source + offset, bytes, full, (1 << CLUSTER) - 1, policy);
-        } else if (problem.padded_tokens == TOKENS && tokens == TOKENS) {  // then planes follow each other without a gap
+        } else if (gapless) {
             bulk_copy(ring.activations(at.stage), source, operand, full, policy);
             source += operand;
         } else {

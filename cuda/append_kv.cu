@@ -4,7 +4,8 @@
 // head_dim / 16 lanes share a head, lane l has two runs of eight channels: those from 8 l and those from head_dim / 2 + 8 l,
 // so that both channels that RoPE pairs are its own, and so are the eight nibbles of a word. A warp takes as many heads of
 // a token as it has lanes for, of queries, keys and values in this order. Arithmetic that decides a code is written with
-// rounding intrinsics: a contraction to FMA would move codes.
+// rounding intrinsics: a contraction to FMA would move codes. `center` (kv_heads, head_dim), in the basis of the cache, is
+// what keys are stored without; it may be null.
 
 #include "attention_cache.cuh"
 #include "chain.cuh"
@@ -167,7 +168,7 @@ INLINE void store(uint8* page, int offset, bool is_value, const Encoded& encoded
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
 append_kv(uint8* pool, const Input* query, const Input* key, const Input* value, const float* cos, const float* sin,
-          const long long* slots, Input* rotated, int heads, int kv_heads, int query_stride, int key_stride, int value_stride) {
+          const float* center, const long long* slots, Input* rotated, int heads, int kv_heads, int query_stride, int key_stride, int value_stride) {
     const Place place = {static_cast<int>(threadIdx.x % 32 % lanes), static_cast<int>(threadIdx.x % 32 / lanes * lanes)};
     const int all = heads + 2 * kv_heads, number = (blockIdx.y * warps + threadIdx.x / 32) * heads_of_warp + threadIdx.x % 32 / lanes;
     const bool exists = number < all && threadIdx.x % 32 < heads_of_warp * lanes;
@@ -204,6 +205,13 @@ append_kv(uint8* pool, const Input* query, const Input* key, const Input* value,
 #pragma unroll
         for (int i = 0; i < 16; ++i)
             if (!is_value) runs[i / 8][i % 8] = transformed[i / 8][i % 8];
+    }
+    if (center != nullptr && !is_query && !is_value) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r)
+#pragma unroll
+            for (int i = 0; i < 8; ++i)
+                runs[r][i] = __fsub_rn(runs[r][i], center[head * head_dim + r * half + place.lane * 8 + i]);
     }
     const Encoded encoded = encode(runs, place);
     if (!exists) return;

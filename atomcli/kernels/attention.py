@@ -27,12 +27,15 @@ def append(
     slots: Tensor,
     hadamard: bool = False,
     rotate_keys: bool = True,
+    center: Tensor | None = None,
 ) -> Tensor:
     """Rotate the queries of T tokens and store their keys and values; returns the rotated queries (T, Hq, D).
 
     query (T, Hq, D), key and value (T, Hkv, D) bf16, fp16 or fp32; cos and sin fp32 (T, D / 2); slots int64 (T,):
     page * fmt.page + offset, negative for a token that is not stored. Queries get RoPE and then, with `hadamard`, the
-    Hadamard over head_dim; keys the same, but for RoPE without `rotate_keys`. The tokens may belong to any sequences.
+    Hadamard over head_dim; keys the same, but for RoPE without `rotate_keys`, and less `center`, fp32 (Hkv, D) in that
+    basis: the softmax doesn't notice that what all keys of a head share is missing. The tokens may belong to any
+    sequences.
     Raises UnsupportedError for shapes or dtypes that don't fit each other.
     """
     _check(query, pool, fmt)
@@ -48,9 +51,11 @@ def append(
             raise UnsupportedError(f"{name} must be fp32 {(tokens, head_dim // 2)}, not {tuple(tensor.shape)}.")
     if slots.shape != (tokens,) or slots.dtype != torch.int64 or not slots.is_contiguous():
         raise UnsupportedError(f"Slots must be int64 ({tokens},), not {slots.dtype} {tuple(slots.shape)}.")
+    if center is not None and (center.shape != (kv_heads, head_dim) or center.dtype != torch.float32):
+        raise UnsupportedError(f"The center must be fp32 {(kv_heads, head_dim)}, not {tuple(center.shape)}.")
     rotated = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     torch.ops.atom.kv_append(
-        pool, fmt.element, fmt.page, query, key, value, cos, sin, slots, hadamard, rotate_keys, rotated
+        pool, fmt.element, fmt.page, query, key, value, cos, sin, slots, hadamard, rotate_keys, center, rotated
     )
     return rotated
 
@@ -190,7 +195,7 @@ def _check_sequences(
 
 def _append(
     pool: Tensor, element: str, page: int, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor,
-    slots: Tensor, hadamard: bool, rotate_keys: bool, rotated: Tensor,
+    slots: Tensor, hadamard: bool, rotate_keys: bool, center: Tensor | None, rotated: Tensor,
 ) -> None:  # fmt: skip
     fmt = _format(element, query.shape[2], page)
     if not len(query):
@@ -209,10 +214,11 @@ def _append(
             slots,
             hadamard,
             rotate_keys,
+            None if center is None else center.contiguous(),
             rotated,
         )
     else:
-        rotated.copy_(reference.append(pool, fmt, query, key, value, cos, sin, slots, hadamard, rotate_keys))
+        rotated.copy_(reference.append(pool, fmt, query, key, value, cos, sin, slots, hadamard, rotate_keys, center))
 
 
 def _decode(
@@ -284,7 +290,7 @@ _SEQUENCES = (
 _library = torch.library.Library("atom", "FRAGMENT")
 _library.define(
     "kv_append(Tensor(a!) pool, str element, int page, Tensor query, Tensor key, Tensor value, Tensor cos, Tensor sin, "
-    "Tensor slots, bool hadamard, bool rotate_keys, Tensor(b!) rotated) -> ()"
+    "Tensor slots, bool hadamard, bool rotate_keys, Tensor? center, Tensor(b!) rotated) -> ()"
 )
 _library.define(
     "attention_decode(Tensor query, Tensor pool, str element, int page, Tensor page_table, "

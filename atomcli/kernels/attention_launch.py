@@ -263,14 +263,14 @@ def append_defines(fmt: PageFormat, dtype: torch.dtype, hadamard: bool, rotate_k
 
 def launch_append(
     load: Loader, pool: Tensor, fmt: PageFormat, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor,
-    slots: Tensor, hadamard: bool, rotate_keys: bool, rotated: Tensor,
+    slots: Tensor, hadamard: bool, rotate_keys: bool, center: Tensor | None, rotated: Tensor,
 ) -> None:  # fmt: skip
     """Enqueue the append kernel: head_dim / 16 lanes for each head of each token."""
     (tokens, heads, head_dim), kv_heads = query.shape, pool.shape[1]
     query, key, value = (_dense_heads(x) for x in (query, key, value))
     grid = (tokens, -(-(heads + 2 * kv_heads) // (WARPS * (512 // head_dim))))
     load(APPEND, append_defines(fmt, query.dtype, hadamard, rotate_keys), 0).launch(
-        grid, WARPS * 32, pool, query, key, value, cos, sin, slots, rotated,
+        grid, WARPS * 32, pool, query, key, value, cos, sin, center, slots, rotated,
         heads, kv_heads, query.stride(0), key.stride(0), value.stride(0), overlap=True,
     )  # fmt: skip
 

@@ -11,13 +11,15 @@ Rope = tuple[Tensor, Tensor]  # cosines and sines, fp32 (positions, head_dim / 2
 
 def append(
     pool: Tensor, fmt: PageFormat, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, slots: Tensor,
-    hadamard: bool, rotate_keys: bool,
+    hadamard: bool, rotate_keys: bool, center: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """See kernels.attention.append; everything is computed in fp32 and rounded once."""
     rotated = rotate(query, cos, sin)
     stored = rotate(key, cos, sin) if rotate_keys else key.float()
     if hadamard:
         rotated, stored = hadamard_heads(rotated), hadamard_heads(stored)
+    if center is not None:
+        stored = stored - center
     kept = slots >= 0
     pages, offsets = slots[kept] // fmt.page, slots[kept] % fmt.page
     views, keys, values = fmt.views(pool), fmt.encode(stored[kept]), fmt.encode(value[kept])

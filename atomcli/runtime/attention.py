@@ -17,11 +17,10 @@ from atomcli.errors import UnsupportedError
 from atomcli.formats.groups import apply_hadamard, hadamard_sizes
 from atomcli.formats.kv import dequantize_kv, quantize_kv
 from atomcli.formats.scheme import KVFormat
-from atomcli.kernels.attention import decode, prefill, why_not
+from atomcli.kernels.attention import append, decode, prefill, why_not
 from atomcli.kernels.pages import PageFormat
 from atomcli.models.registry import describe
 from atomcli.runtime.cache import quantized_layer
-from atomcli.runtime.centered import append_centered
 from atomcli.runtime.linear import QuantLinear
 from atomcli.runtime.paged_cache import PagedLayer, paged_layer
 
@@ -158,7 +157,7 @@ class Attention(nn.Module):
         pool = layer.room(batch, key.shape[1], key.device)
         rotate_keys = self.kv.position == "after_rope"
         center = None if self.key_center is None else self.key_center.float()
-        query = append_centered(
+        query = append(
             pool, layer.format, query, key, value, new.cos, new.sin, new.slots, self.kv.hadamard, rotate_keys, center
         )
         shared: dict[str, Any] = {

@@ -19,7 +19,6 @@ from atomcli.kernels.pages import PageFormat
 from atomcli.models.block import Family, head_dim
 from atomcli.models.registry import describe
 from atomcli.runtime.attention import Attention
-from atomcli.runtime.centered import append_centered
 from atomcli.runtime.projection import Norm, Projection
 
 PAGE = 64  # tokens
@@ -204,7 +203,7 @@ class FusedBlock:
         query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv.split(self.qkv.sizes, dim=-1))
         query = query if self.q_norm is None else self.q_norm.heads(query)
         key = key if self.k_norm is None else self.k_norm.heads(key)
-        query = append_centered(
+        query = attention.append(
             pool, self.format, query, key, value, step.cos, step.sin, step.slots, self.hadamard, self.keys_rotated,
             self.key_center,
         )  # fmt: skip

@@ -94,10 +94,14 @@ def test_append_is_the_reference_bit_for_bit(element: Element, head_dim: int, to
     slots[1] = -1
     pools = [torch.full((10, kv_heads, fmt.bytes), 7, dtype=torch.uint8) for _ in range(2)]
     on_card = pools[1].to(DEVICE)
+    center = torch.randn(kv_heads, head_dim)
     for hadamard in (False, True):
         tensors = (*merged.split([heads, kv_heads, kv_heads], dim=1), angles.cos(), angles.sin(), slots)
-        expected = attention.append(pools[0], fmt, *tensors, hadamard)
-        rotated = attention.append(on_card, fmt, *(t.to(DEVICE) for t in tensors), hadamard)
+        own = center if hadamard else None
+        expected = attention.append(pools[0], fmt, *tensors, hadamard, center=own)
+        rotated = attention.append(
+            on_card, fmt, *(t.to(DEVICE) for t in tensors), hadamard, center=None if own is None else own.to(DEVICE)
+        )
         assert torch.equal(rotated.cpu(), expected)
         assert torch.equal(on_card.cpu(), pools[0])
 

@@ -111,11 +111,16 @@ def test_key_biases_come_back(queries: list[int] | None, head_dim: int, hadamard
 @emulates
 @pytest.mark.parametrize("element", ELEMENTS)
 @pytest.mark.parametrize(
-    ("head_dim", "page", "hadamard", "rotate_keys", "dtype"),
-    [(96, 32, True, True, torch.float16), (128, 64, True, True, torch.bfloat16), (64, 16, False, False, torch.float32)],
+    ("head_dim", "page", "hadamard", "rotate_keys", "centered", "dtype"),
+    [
+        (96, 32, True, True, True, torch.float16),
+        (128, 64, True, True, False, torch.bfloat16),
+        (64, 16, False, True, True, torch.bfloat16),
+        (64, 16, False, False, False, torch.float32),
+    ],
 )
 def test_append_is_the_reference_bit_for_bit(
-    element: Element, head_dim: int, page: int, hadamard: bool, rotate_keys: bool, dtype: torch.dtype
+    element: Element, head_dim: int, page: int, hadamard: bool, rotate_keys: bool, centered: bool, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(0)
     fmt, tokens, heads, kv_heads = PageFormat(element, head_dim, page), 9, 6, 3
@@ -125,7 +130,8 @@ def test_append_is_the_reference_bit_for_bit(
     angles = torch.rand(tokens, head_dim // 2) * 100
     slots = torch.tensor([0, 1, -1, page - 1, page, 3 * page - 1, 2 * page + 5, 7, -3])
     pools = [torch.full((4, kv_heads, fmt.bytes), 0xA5, dtype=torch.uint8) for _ in range(2)]
-    arguments = (query, key, value, angles.cos(), angles.sin(), slots, hadamard, rotate_keys)
+    center = torch.randn(kv_heads, head_dim) if centered else None
+    arguments = (query, key, value, angles.cos(), angles.sin(), slots, hadamard, rotate_keys, center)
     expected = reference.append(pools[0], fmt, *arguments)
     rotated = torch.full(query.shape, float("nan"), dtype=dtype)
     launch.launch_append(on_host, pools[1], fmt, *arguments, rotated)

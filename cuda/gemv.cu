@@ -8,12 +8,14 @@
 // asynchronous copies; a lane multiplies the bytes it copied itself. Sums are integers, so that their order is free and the
 // result is the GEMM's to the last bit.
 //
-// WEIGHT_BITS and STAGES come beside the parameters of quantize_rows.cuh.
+// WEIGHT_BITS, STAGES (pieces in a warp's ring) and PREFETCH (pieces after those that go to L2 while the row is quantized)
+// come beside the parameters of quantize_rows.cuh.
 
 #include "quantize_rows.cuh"
 
 #include "dot.cuh"
 #include "mma_sync.cuh"
+#include "prefetch.cuh"
 #include "promote.cuh"
 #include "unpack.cuh"
 
@@ -51,21 +53,41 @@ struct Walk {
     INLINE bool at_outliers(const Weights& weights) const { return piece >= weights.body_pieces(); }
 };
 
-INLINE void copy_piece(uint8* stage, const Weights& weights, const Walk& walk, int first_slice, int slices) {
-    if (walk.slice < slices) {
-        const int lane = threadIdx.x % 32, slice = first_slice + walk.slice;
-        const int group = slice / slices_of_group, part = slice % slices_of_group;
+// Where a piece lies: this lane's 16 bytes of its first run, and for nibbles the slice's multipliers.
+struct Source {
+    const uint8 *run, *multipliers;
+
+    INLINE Source(const Weights& weights, const Walk& walk, int first_slice) {
+        const int slice = first_slice + walk.slice, group = slice / slices_of_group, part = slice % slices_of_group;
         const bool outliers = walk.at_outliers(weights);
         const int piece = outliers ? walk.piece - weights.body_pieces() : walk.piece;
         const bool nibbles = WEIGHT_BITS == 4 && !outliers;
         const uint8* block = outliers ? weights.outliers + static_cast<long long>(group) * INT8_BLOCK_BYTES
                                       : weights.body + (static_cast<long long>(group) * weights.blocks + piece / pieces_of_block) * block_bytes;
-        const uint8* from = block + (nibbles ? 0 : piece % 2 * 2 * piece_runs) + part * 512 + lane * 16;
-        copy_async(stage + lane * 16, from);
-        copy_async(stage + 512 + lane * 16, from + piece_runs);
-        if (nibbles && lane == 0) copy_async(stage + 1024, block + INT4_BLOCK_BYTES - BLOCK_ROWS + part * slice_rows);
+        run = block + (nibbles ? 0 : piece % 2 * 2 * piece_runs) + part * 512 + threadIdx.x % 32 * 16;
+        multipliers = nibbles ? block + INT4_BLOCK_BYTES - BLOCK_ROWS + part * slice_rows : nullptr;
+    }
+};
+
+INLINE void copy_piece(uint8* stage, const Weights& weights, const Walk& walk, int first_slice, int slices) {
+    if (walk.slice < slices) {
+        const Source source(weights, walk, first_slice);
+        const int lane = threadIdx.x % 32;
+        copy_async(stage + lane * 16, source.run);
+        copy_async(stage + 512 + lane * 16, source.run + piece_runs);
+        if (source.multipliers && lane == 0) copy_async(stage + 1024, source.multipliers);
     }
     copy_commit();  // an empty group too: groups are counted
+}
+
+// Into L2, the pieces from `walk` on.
+INLINE void fetch_pieces(const Weights& weights, Walk walk, int first_slice, int slices) {
+#pragma unroll 1
+    for (int i = 0; i < PREFETCH && walk.slice < slices; ++i, walk.advance(weights)) {
+        const Source source(weights, walk, first_slice);
+        prefetch_line(source.run);
+        prefetch_line(source.run + piece_runs);
+    }
 }
 
 // This lane's part of the sums of rows g and g + 8 of a slice.
@@ -163,6 +185,7 @@ gemv(const Input* x, const Input* other, const Input* norm_weight, const Index* 
     wait_for_previous_kernel();
     const Rows input = {x, other, norm_weight, total, nullptr, 0, 0, channels, 1, blockIdx.x == 0};
     stage_rows(staged, shared, input, known.first_weight, epsilon, unit_offset);
+    fetch_pieces(weights, ahead_of, first_slice, slices);
     quantize_staged({codes, codes + shape.body_blocks * BLOCK_K, token_scales, token_scales + 1, nullptr, 1}, staged, shared, table, known, lane, shape,
                     {clip, token_factor, group_factor}, 0, {0, nullptr, unused});
     __syncthreads();

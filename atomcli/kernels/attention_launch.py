@@ -93,9 +93,10 @@ NO_BIASES = Biases()
 
 
 class DecodePlan(NamedTuple):
-    """One compiled decode kernel: its defines, query heads of a block, shared memory, blocks that fit an SM."""
+    """One compiled decode kernel: its defines, warps and query heads of a block, shared memory, blocks of an SM."""
 
     defines: dict[str, int | str]
+    warps: int
     columns: int
     shared_bytes: int
     blocks_per_processor: int
@@ -109,6 +110,8 @@ def plan_decode(
     biases: Biases = NO_BIASES,
     cluster: int = 1,
     settled: bool = False,
+    warps: int = WARPS,
+    chunk: int | None = None,
 ) -> DecodePlan:
     """The kernel for `group` query heads per KV head: 8 or 16 columns of an MMA, and a ring for each warp.
 
@@ -116,18 +119,18 @@ def plan_decode(
     their way to an SM, if they fit. The `cluster` parts of a sequence have an inbox each for each other's sums.
     """
     tiles = 2 if group > 8 and fmt.head_dim <= 128 else 1
-    chunk = 32 if fmt.code_bytes <= 64 else 16
-    blocks = 2 if tiles == 2 or fmt.head_dim > 128 else 4 if biases.key is None else 3
+    chunk = chunk or (32 if fmt.code_bytes <= 64 else 16)
+    blocks = (2 if tiles == 2 or fmt.head_dim > 128 else 4 if biases.key is None else 3) * WARPS // warps
     columns = 8 * tiles
     queries = columns * fmt.head_dim * 2
     if biases.key is not None:
-        queries += 2 * fmt.head_dim * ((2 + WARPS) * columns + chunk)
-    stage = WARPS * chunk * fmt.bytes_per_token
+        queries += 2 * fmt.head_dim * ((2 + warps) * columns + chunk)
+    stage = warps * chunk * fmt.bytes_per_token
     stages = 1 + -(-IN_FLIGHT // (blocks * stage))
     while stages > 2 and queries + stages * stage > shared_limit:
         stages -= 1
     record = 4 * (fmt.head_dim + 4)
-    shared = max(queries + stages * stage, columns * (WARPS * record + 4 * (2 + MOST_PARTS)))
+    shared = max(queries + stages * stage, columns * (warps * record + 4 * (2 + MOST_PARTS)))
     defines: dict[str, int | str] = {
         "ELEMENT": fmt.element.upper(),
         "HEAD_DIM": fmt.head_dim,
@@ -135,7 +138,7 @@ def plan_decode(
         "QUERY": QUERIES[dtype],
         "QUERY_TILES": tiles,
         "CHUNK": chunk,
-        "WARPS": WARPS,
+        "WARPS": warps,
         "STAGES": stages,
         "BLOCKS_PER_SM": blocks,
         "CLUSTER": cluster,
@@ -143,7 +146,7 @@ def plan_decode(
         "SETTLED": int(settled),
         **biases.defines,
     }
-    return DecodePlan(defines, columns, shared + (columns + cluster - 1) * record * (cluster > 1), blocks)
+    return DecodePlan(defines, warps, columns, shared + (columns + cluster - 1) * record * (cluster > 1), blocks)
 
 
 class Parts(NamedTuple):
@@ -154,13 +157,13 @@ class Parts(NamedTuple):
     most: int
 
 
-def parts_for(places: int, chunks: int, slots: int, chunk: int, clusters: bool = False) -> Parts:
+def parts_for(places: int, chunks: int, slots: int, chunk: int, clusters: bool = False, warps: int = WARPS) -> Parts:
     """Parts of up to `chunks` chunks, so that `places` KV heads fill the `slots` of the card.
 
     A part has LONGEST_PART tokens at most, so that one long sequence among short ones does not wait for a single block.
     On a card with `clusters` a few parts become as many as fit into one.
     """
-    wanted = max(1, min(slots // places, -(-chunks // WARPS), MOST_PARTS))
+    wanted = max(1, min(slots // places, -(-chunks // warps), MOST_PARTS))
     wanted = CLUSTER if clusters and CLUSTER < wanted <= FEW_PARTS else wanted
     longest = max(LONGEST_PART // chunk, -(-chunks // MOST_PARTS))
     return Parts(wanted, longest, max(wanted, -(-chunks // longest)))
@@ -169,24 +172,24 @@ def parts_for(places: int, chunks: int, slots: int, chunk: int, clusters: bool =
 def launch_decode(
     load: Loader, query: Tensor, pool: Tensor, fmt: PageFormat, page_table: Tensor, lengths: Tensor, scaling: float,
     window: int | None, biases: Biases, out: Tensor, *, processors: int, shared_limit: int, parts: Parts | None = None,
-    clusters: bool = False, settled: bool = False,
+    clusters: bool = False, settled: bool = False, **tuned: int,
 ) -> None:  # fmt: skip
     """Enqueue the decode kernel; the number of parts depends on shapes alone, never on lengths."""
     query = _dense_heads(query)
     (batch, heads, head_dim), kv_heads = query.shape, pool.shape[1]
-    plan = plan_decode(fmt, query.dtype, heads // kv_heads, shared_limit, biases)
+    plan = plan_decode(fmt, query.dtype, heads // kv_heads, shared_limit, biases, **tuned)
     blocks, chunk = kv_heads * -(-heads // kv_heads // plan.columns), int(plan.defines["CHUNK"])
     if parts is None:
         chunks = -(-page_table.shape[1] * fmt.page // chunk)
-        parts = parts_for(batch * blocks, chunks, processors * plan.blocks_per_processor, chunk, clusters)
+        parts = parts_for(batch * blocks, chunks, processors * plan.blocks_per_processor, chunk, clusters, plan.warps)
     cluster = parts.most if clusters and parts.most <= CLUSTER else 1
-    plan = plan_decode(fmt, query.dtype, heads // kv_heads, shared_limit, biases, cluster, settled)
+    plan = plan_decode(fmt, query.dtype, heads // kv_heads, shared_limit, biases, cluster, settled, **tuned)
     floats = batch * blocks * parts.most * plan.columns * (head_dim + 4) if parts.most > cluster else 1
     partials, arrivals = scratch(query.device, floats, batch * blocks)
     load(DECODE, plan.defines, plan.shared_bytes).launch(
-        (blocks, parts.most, batch), WARPS * 32, query, pool, page_table, lengths, *biases.arguments(), out, partials,
-        arrivals, heads, kv_heads, page_table.stride(0), query.stride(0), NO_WINDOW if window is None else window,
-        parts.wanted, parts.longest, scaling * LOG2_E, overlap=True,
+        (blocks, parts.most, batch), plan.warps * 32, query, pool, page_table, lengths, *biases.arguments(), out,
+        partials, arrivals, heads, kv_heads, page_table.stride(0), query.stride(0),
+        NO_WINDOW if window is None else window, parts.wanted, parts.longest, scaling * LOG2_E, overlap=True,
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ when it is made.
 """
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from types import MethodType
 from typing import Any, ClassVar
 
@@ -36,11 +36,14 @@ from atomcli.kernels.pages import PAGES, PageFormat
 
 @dataclass
 class AtomMetadata(AttentionMetadata):
-    """What a batch's attention needs: `tokens` of them, whose sequences have `lengths` keys each, these included."""
+    """What a batch's attention needs: `tokens` of them, whose sequences have `lengths` keys each, these included.
+
+    The first `decodes` sequences have one token each and take the kernel for that; the others are prefilled.
+    """
 
     tokens: int
-    decodes: bool  # one query per sequence, and so the kernel for that
-    query_starts: Tensor  # int32 (sequences + 1,)
+    decodes: int
+    query_starts: Tensor  # int32 (prefilled sequences + 1,), counted from the first of their tokens
     lengths: Tensor  # int32 (sequences,)
     page_table: Tensor  # int32 (sequences, pages)
     slots: Tensor  # int64 (tokens,)
@@ -50,7 +53,7 @@ class AtomMetadata(AttentionMetadata):
 class AtomMetadataBuilder(AttentionMetadataBuilder[AtomMetadata]):
     """Passes vLLM's own tensors on; nothing is copied, nothing waits for the device."""
 
-    reorder_batch_threshold = None
+    reorder_batch_threshold = 1  # sequences with one token come first
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
@@ -70,12 +73,17 @@ class AtomMetadataBuilder(AttentionMetadataBuilder[AtomMetadata]):
         positions = None
         if self.kv.position == "before_rope":
             positions = _positions(common.query_start_loc, common.seq_lens, common.num_actual_tokens)
-        decodes, tokens = common.max_query_len == 1, common.num_actual_tokens
-        rows = tokens if decodes else common.num_reqs  # one token each: rows beyond are padding
+        tokens = common.num_actual_tokens
+        if common.max_query_len == 1:
+            decodes = rows = tokens  # one token each: rows beyond are padding
+        else:
+            rows = common.num_reqs
+            decodes = leading_decodes(common.query_start_loc_cpu[: rows + 1])
+        starts = common.query_start_loc[decodes : rows + 1]
         return AtomMetadata(
             tokens,
             decodes,
-            common.query_start_loc[: common.num_reqs + 1],
+            starts - decodes if 0 < decodes < rows else starts,
             common.seq_lens[:rows],
             common.block_table_tensor[:rows],
             common.slot_mapping,
@@ -186,10 +194,10 @@ class AtomAttention(AttentionImpl[AtomMetadata]):
         """query (T, heads, head_dim), key and value (T, kv heads, head_dim) -> output, like query."""
         if attn_metadata is None:  # vLLM measures memory before there is a cache
             return output.zero_()
-        batch, tokens = attn_metadata, attn_metadata.tokens
+        batch, tokens, decodes = attn_metadata, attn_metadata.tokens, attn_metadata.decodes
         fmt = page_format(self.kv, self.head_size, kv_cache.shape[2])
         pool = kv_cache.flatten(2)
-        query, key, value = query[:tokens], key[:tokens].contiguous(), value[:tokens].contiguous()
+        query, key, value = query[:tokens], key[:tokens], value[:tokens]
         keys_rotated = self.kv.position == "after_rope"
         if not keys_rotated:
             key = self._rotated_back(key, batch.positions)
@@ -197,26 +205,23 @@ class AtomAttention(AttentionImpl[AtomMetadata]):
             key = (key.float() - self.center).to(key.dtype)
         assert self.turns is not None
         cos, sin = self.turns[0][:tokens], self.turns[1][:tokens]
-        query = attention.append(
-            pool, fmt, query.contiguous(), key, value, cos, sin, batch.slots[:tokens], self.kv.hadamard
-        )
-        attend = partial(
-            attention.decode if batch.decodes else partial(attention.prefill, query_starts=batch.query_starts),
-            query,
-            pool,
-            fmt,
-            batch.page_table,
-            lengths=batch.lengths,
-            scaling=self.scale,
-            window=self.window,
-            key_bias=self.key_bias,
-            value_bias=self.value_bias,
-            rope=self.rope,
-            out=output[:tokens],
-            hadamard=self.kv.hadamard,
-            keys_rotated=keys_rotated,
-        )
-        attend()
+        query = attention.append(pool, fmt, query, key, value, cos, sin, batch.slots[:tokens], self.kv.hadamard)
+        attend: dict[str, Any] = {
+            "scaling": self.scale,
+            "window": self.window,
+            "key_bias": self.key_bias,
+            "value_bias": self.value_bias,
+            "rope": self.rope,
+            "hadamard": self.kv.hadamard,
+            "keys_rotated": keys_rotated,
+        }
+        if decodes:
+            first, table = query[:decodes], batch.page_table[:decodes]
+            attention.decode(first, pool, fmt, table, batch.lengths[:decodes], out=output[:decodes], **attend)
+        if decodes < tokens:
+            rest, table, lengths = query[decodes:], batch.page_table[decodes:], batch.lengths[decodes:]
+            out = output[decodes:tokens]
+            attention.prefill(rest, pool, fmt, table, batch.query_starts, lengths, out=out, **attend)
         return output
 
     def _center(self) -> Tensor:
@@ -278,6 +283,7 @@ def cache_spec(kv: KVFormat, layer: Any, vllm: Any) -> KVCacheSpec:
     return FullAttentionSpec(**common)
 
 
+@cache
 def page_format(kv: KVFormat, head_dim: int, page: int) -> PageFormat:
     """The pages of a quantized cache."""
     return PageFormat(kv.element, head_dim, page)  # type: ignore[arg-type]
@@ -307,6 +313,12 @@ def identity(tokens: int, half: int, device: torch.device) -> Rope:
         cos = torch.ones(tokens, half, dtype=torch.float32, device=device)
         _IDENTITIES[key] = cos, torch.zeros_like(cos)
     return _IDENTITIES[key]
+
+
+def leading_decodes(query_starts: Tensor) -> int:
+    """How many sequences at the front of a batch have one token; query_starts int32 (sequences + 1,) on the host."""
+    longer = query_starts.diff() != 1
+    return int(longer.int().argmax()) if longer.any() else len(longer)
 
 
 def _positions(query_starts: Tensor, lengths: Tensor, tokens: int) -> Tensor:

@@ -39,6 +39,8 @@ class AtomConfig(QuantizationConfig):
         self.cache_biases: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.dummy = False
         self.dtype = torch.bfloat16
+        self.most_tokens = 1  # of a batch
+        self.loaded_shapes: set[tuple[Any, ...]] = set()
         self._renamed: dict[str, str] = {}
         self._checked = False
         self._kept_bytes = 0
@@ -117,6 +119,7 @@ class AtomConfig(QuantizationConfig):
         """Take what the engine's options say, and refuse those that can't be honoured."""
         self.dtype = vllm.model_config.dtype
         self.dummy = vllm.load_config.load_format == "dummy"
+        self.most_tokens = vllm.scheduler_config.max_num_batched_tokens
         for architecture in vllm.model_config.architectures:
             self._renamed |= MODULES.get(architecture, {})
         check_options(vllm, self.plan)

@@ -28,7 +28,7 @@ from atomcli.formats.weights import tensor_layout
 from atomcli.integrations.vllm import operators
 from atomcli.integrations.vllm.dummy import fill
 from atomcli.integrations.vllm.sharding import Part, column_part, slice_operand, split_rows, tensor_part
-from atomcli.kernels import dispatch, quantize, reference
+from atomcli.kernels import dispatch, quantize, reference, tune
 from atomcli.runtime.linear import QuantLinear, input_layout, permutation_dtype
 from atomcli.runtime.projection import Projection
 
@@ -117,7 +117,7 @@ class AtomLinearMethod(LinearMethodBase):
             set_weight_attrs(slot, {"weight_loader": partial(_load, shards, suffix)})
             layer.register_parameter(suffix, slot)
         layer.register_buffer("atom_handle", operators.handle(), persistent=False)
-        layer.atom_out_features = sum(output_partition_sizes)
+        layer.atom_in_features, layer.atom_out_features = input_size_per_partition, sum(output_partition_sizes)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Repack what was loaded for the kernels, and forget the rest."""
@@ -139,6 +139,18 @@ class AtomLinearMethod(LinearMethodBase):
             run = Projection([shard.module for shard in shards], self.config.dtype, biased).plain
         del layer.atom_shards
         operators.serve(layer.atom_handle, run)
+        if layer.atom_handle.is_cuda:
+            self._load_kernels(run, layer)
+
+    def _load_kernels(self, run: Callable[[Tensor], Tensor], layer: Any) -> None:
+        """Compile and load what this shape of layer may ever launch: a request must not wait for a compiler."""
+        columns, most = layer.atom_in_features, self.config.most_tokens
+        key = (columns, layer.atom_out_features, *map(self.config.scheme, self.names))
+        if key in self.config.loaded_shapes:
+            return
+        self.config.loaded_shapes.add(key)
+        for tokens in {min(bucket, most) for bucket in tune.BUCKETS}:
+            run(torch.zeros(tokens, columns, dtype=self.config.dtype, device=layer.atom_handle.device))
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (..., in_features of the rank) -> (..., out_features of the rank)."""

@@ -41,10 +41,13 @@ class Answer:
 
 @dataclass(frozen=True)
 class Load:
-    """What a server said of itself while it worked: running sequences and the share of its cache that was full."""
+    """What a server said of itself at some `time` (seconds): running sequences, the share of its cache that was full,
+    and the tokens that it has generated since it started."""
 
+    time: float
     running: float
     cache: float
+    generated: float
 
 
 def get(port: int, path: str, timeout: float = 30.0) -> str:
@@ -53,17 +56,18 @@ def get(port: int, path: str, timeout: float = 30.0) -> str:
 
 
 def replay(
-    port: int, bodies: Sequence[dict[str, Any]], concurrency: int, rate: float | None
+    port: int, bodies: Sequence[dict[str, Any]], concurrency: int, rate: float | None, seconds: float | None = None
 ) -> tuple[list[Answer], list[Load]]:
     """Send completions, at most `concurrency` at a time, `rate` a second (None: as soon as allowed), and watch.
 
-    Raises RunError when the server refuses a request or answers another number of tokens than it was asked for.
+    After `seconds` those that are not answered are given up. Raises RunError when the server refuses a request or
+    answers another number of tokens than it was asked for.
     """
-    return asyncio.run(_replay(port, bodies, concurrency, rate))
+    return asyncio.run(_replay(port, bodies, concurrency, rate, seconds))
 
 
 async def _replay(
-    port: int, bodies: Sequence[dict[str, Any]], concurrency: int, rate: float | None
+    port: int, bodies: Sequence[dict[str, Any]], concurrency: int, rate: float | None, seconds: float | None
 ) -> tuple[list[Answer], list[Load]]:
     gate, loads, begin = asyncio.Semaphore(concurrency), list[Load](), time.perf_counter()
 
@@ -79,19 +83,23 @@ async def _replay(
             loads.append(load_of(await _exchange(port, b"GET /metrics HTTP/1.0\r\n\r\n", WAIT_SECONDS)))
 
     watcher = asyncio.create_task(watch())
+    tasks: list[asyncio.Task[Answer]] = []
     try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one(number, body)) for number, body in enumerate(bodies)]
+        async with asyncio.timeout(seconds), asyncio.TaskGroup() as group:
+            tasks += [group.create_task(one(number, body)) for number, body in enumerate(bodies)]
+    except TimeoutError:
+        pass  # time is up: what was answered by now counts
     except ExceptionGroup as errors:
         raise errors.exceptions[0] from None
     finally:
         watcher.cancel()
-    return [task.result() for task in tasks], loads
+    return [task.result() for task in tasks if task.done() and not task.cancelled()], loads
 
 
 def load_of(metrics: str) -> Load:
-    """What vLLM's /metrics says: sequences running, share of the cache in use."""
-    return Load(_gauge(metrics, "vllm:num_requests_running"), _gauge(metrics, "vllm:kv_cache_usage_perc"))
+    """What vLLM's /metrics says now."""
+    names = ("num_requests_running", "kv_cache_usage_perc", "generation_tokens_total")
+    return Load(time.perf_counter(), *(_gauge(metrics, f"vllm:{name}") for name in names))
 
 
 def cache_tokens(metrics: str) -> int | None:

@@ -40,7 +40,10 @@ class Served:
 
 @dataclass(frozen=True)
 class Setting:
-    """What all systems share: requests, how many are in flight, vLLM's options, and the Python that has vLLM."""
+    """What all systems share: requests, how many are in flight, vLLM's options, and the Python that has vLLM.
+
+    With `seconds` a run ends after them, answered or not, and its tokens are counted from the first quarter on.
+    """
 
     requests: Sequence[workloads.Request]
     workload: str
@@ -51,6 +54,7 @@ class Setting:
     options: tuple[str, ...] = ()
     python: str = sys.executable
     logs: Path | None = None
+    seconds: float | None = None
 
 
 def bench_engine(
@@ -182,30 +186,52 @@ def _measured(port: int, system: Served, setting: Setting) -> dict[str, Measure 
     client.replay(port, bodies[:2], 2, None)  # the first steps compile and allocate
     runs = []
     for _ in range(setting.repeats):
-        answers, loads = client.replay(port, bodies, setting.concurrency or len(bodies), setting.rate)
-        runs.append(_summary(answers, loads))
+        answers, loads = client.replay(port, bodies, setting.concurrency or len(bodies), setting.rate, setting.seconds)
+        runs.append(_summary(answers, loads, setting.seconds))
     measures: dict[str, Measure | None] = {
-        name: measure([run[name][0] for run in runs], runs[0][name][1]) for name in runs[0]
+        name: measure([run[name][0] for run in runs], runs[0][name][1])
+        for name in runs[0]
+        if all(name in run for run in runs)
     }
     tokens = client.cache_tokens(client.get(port, "/metrics"))
-    return measures | {"KV room": None if tokens is None else exact(tokens, "tokens")}
+    return dict.fromkeys(_MEASURES) | measures | {"KV room": None if tokens is None else exact(tokens, "tokens")}
 
 
-def _summary(answers: Sequence[client.Answer], loads: Sequence[client.Load]) -> dict[str, tuple[float, str]]:
-    seconds = max(answer.last for answer in answers) - min(answer.sent for answer in answers)
-    firsts = [answer.to_first_token for answer in answers]
-    each = [value for answer in answers if (value := answer.per_token) is not None] or [0.0]
+def _summary(
+    answers: Sequence[client.Answer], loads: Sequence[client.Load], limit: float | None
+) -> dict[str, tuple[float, str]]:
+    """The measures of a run, each with its unit; those of answers are left out where time was up before any came."""
     running = [load.running for load in loads] or [0.0]
-    return {
-        "output tokens": (sum(answer.tokens for answer in answers) / seconds, "tokens/s"),
-        "requests": (len(answers) / seconds, "1/s"),
-        "first token p50": (1e3 * percentile(firsts, 50), "ms"),
-        "first token p99": (1e3 * percentile(firsts, 99), "ms"),
-        "per token p50": (1e3 * percentile(each, 50), "ms"),
-        "per token p99": (1e3 * percentile(each, 99), "ms"),
+    summary: dict[str, tuple[float, str]] = {
         "batch": (round(statistics.mean(running), 1), ""),
         "largest batch": (max(running), ""),
     }
+    if answers:
+        seconds = limit or max(answer.last for answer in answers) - min(answer.sent for answer in answers)
+        firsts = [answer.to_first_token for answer in answers]
+        each = [value for answer in answers if (value := answer.per_token) is not None] or [0.0]
+        summary |= {
+            "output tokens": (sum(answer.tokens for answer in answers) / seconds, "tokens/s"),
+            "requests": (len(answers) / seconds, "1/s"),
+            "first token p50": (1e3 * percentile(firsts, 50), "ms"),
+            "first token p99": (1e3 * percentile(firsts, 99), "ms"),
+            "per token p50": (1e3 * percentile(each, 50), "ms"),
+            "per token p99": (1e3 * percentile(each, 99), "ms"),
+        }
+    if limit is not None:
+        summary["output tokens"] = (generated_per_second(loads, limit), "tokens/s")
+    return summary
+
+
+def generated_per_second(loads: Sequence[client.Load], limit: float) -> float:
+    """Tokens per second by the server's own count, without the first quarter of `limit` seconds, in which it fills.
+
+    Raises RunError when it was asked fewer than two times after that.
+    """
+    after = [load for load in loads if load.time >= loads[0].time + limit / 4]
+    if len(after) < 2:
+        raise RunError(f"{limit:g} s are too few to count tokens in")
+    return (after[-1].generated - after[0].generated) / (after[-1].time - after[0].time)
 
 
 def percentile(values: Sequence[float], percent: float) -> float:

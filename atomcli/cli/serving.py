@@ -37,6 +37,9 @@ def serve(
         int | None, typer.Option("--concurrency", help="Requests in flight (default: all at once).")
     ] = None,
     rate: Annotated[float | None, typer.Option("--rate", help="Requests sent per second (default: at once).")] = None,
+    seconds: Annotated[
+        float | None, typer.Option("--seconds", help="End a run after them (default: when all are answered).")
+    ] = None,
     repeats: Annotated[int, typer.Option("--repeats", help="Measured runs; the table shows their median.")] = 1,
     seed: options.Seed = None,
     engine_options: Annotated[str, typer.Option("--engine-options", help="Options of vLLM for every model.")] = "",
@@ -66,6 +69,7 @@ def serve(
         seed or 0,
         tuple(shlex.split(engine_options)),
         python or sys.executable,
+        seconds=seconds,
     )
     with Progress() as progress:
         budgets: list[float | None] = [*memory] if memory else [None]

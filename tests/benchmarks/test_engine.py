@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 
 from atomcli.benchmarks import client
-from atomcli.benchmarks.engine import Served, Setting, bench_engine, last_error, memory_options, percentile
+from atomcli.benchmarks.engine import (
+    Served,
+    Setting,
+    bench_engine,
+    generated_per_second,
+    last_error,
+    memory_options,
+    percentile,
+)
 from atomcli.benchmarks.workloads import Request, draw
 from atomcli.errors import RunError
 from tests.helpers import fake_vllm
@@ -42,6 +50,29 @@ def test_rows_of_a_server(stand_in: Path, tmp_path: Path) -> None:
     # The last of twelve waits for the eleven before it, the first for nobody.
     assert slow["first token p99"] > 100 * 1.5
     assert (tmp_path / "logs" / "one.log").is_file()
+
+
+def test_a_run_ends_when_its_time_is_up(stand_in: Path, tmp_path: Path) -> None:
+    systems = [Served("one", str(stand_in), ("--max-num-seqs", "2"))]
+    (row,) = bench_engine(systems, [None], Setting([Request(1, 30)] * 40, "mine", logs=tmp_path, seconds=2.0))
+    value = {name: measure.median for name, measure in row.measures.items() if measure is not None}
+    assert 0 < value["requests"] * 2.0 < 20  # all would take six seconds
+    assert 0 < value["output tokens"] < 200  # two at a time, at least 10 ms a token
+
+
+def test_time_in_which_nothing_is_answered(stand_in: Path, tmp_path: Path) -> None:
+    setting = Setting([Request(1, 400)] * 2, "mine", logs=tmp_path, seconds=1.5)
+    (row,) = bench_engine([Served("one", str(stand_in))], [None], setting)
+    assert row.measures["requests"] is None
+    assert row.measures["output tokens"] is not None
+    assert row.measures["output tokens"].median > 0
+
+
+def test_tokens_are_counted_after_the_server_has_filled() -> None:
+    loads = [client.Load(time, 1.0, 0.5, generated) for time, generated in ((0, 0), (1, 10), (2, 110), (4, 310))]
+    assert generated_per_second(loads, 4.0) == 100
+    with pytest.raises(RunError, match=r"0\.1 s are too few"):
+        generated_per_second(loads[:1], 0.1)
 
 
 def test_a_server_that_does_not_start_keeps_its_row(stand_in: Path, tmp_path: Path) -> None:

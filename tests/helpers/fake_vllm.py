@@ -11,7 +11,7 @@ arguments = dict(zip(sys.argv[1:], sys.argv[2:]))
 if "broken" in sys.argv:
     print("(EngineCore pid=1) ERROR 11-22 [core.py:9] ValueError: this model is broken")
     sys.exit("RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}")
-running, lock, most = 0, threading.Lock(), int(arguments.get("--max-num-seqs", 256))
+running, made, lock, most = 0, 0, threading.Lock(), int(arguments.get("--max-num-seqs", 256))
 places = threading.Semaphore(most)
 
 class Handler(BaseHTTPRequestHandler):
@@ -21,11 +21,12 @@ class Handler(BaseHTTPRequestHandler):
             "# HELP vllm:num_requests_running of it\\n"
             f'vllm:num_requests_running{{engine="0"}} {float(running)}\\n'
             'vllm:kv_cache_usage_perc{engine="0"} 0.5\\n'
+            f'vllm:generation_tokens_total{{engine="0"}} {float(made)}\\n'
             'vllm:cache_config_info{block_size="16",num_gpu_blocks="100",x="1"} 1.0\\n'
         )
         self.send_response(200); self.end_headers(); self.wfile.write(body.encode())
     def do_POST(self):
-        global running
+        global running, made
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if asked["max_tokens"] == 13:
             self.send_response(400); self.end_headers(); self.wfile.write(b"unlucky"); return
@@ -34,6 +35,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_response(200); self.end_headers()
             for _ in range(asked["max_tokens"]):
                 time.sleep(0.01)
+                with lock: made += 1
                 self.event({"choices": [{"text": "a"}]})
             self.event({"choices": [], "usage": {"completion_tokens": asked["max_tokens"]}})
             self.wfile.write(b"data: [DONE]\\n\\n")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from atomcli.algorithms.clipping import Clip, choose_group_scales, choose_unit
 from atomcli.algorithms.panels import PANEL, round_panel
+from atomcli.algorithms.products import tensor_cores
 from atomcli.algorithms.rounding import round_outliers
 from atomcli.errors import RunError
 from atomcli.formats import grids, scales
@@ -108,7 +109,8 @@ def relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
     """
 
     def output(matrix: Tensor) -> Tensor:
-        product = matrix @ hessian if hessian.ndim == 2 else matrix * hessian
+        with tensor_cores():
+            product = matrix @ hessian if hessian.ndim == 2 else matrix * hessian
         return (product * matrix).sum(dtype=torch.float64)
 
     whole = output(weight)

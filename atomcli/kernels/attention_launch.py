@@ -172,18 +172,18 @@ def parts_for(places: int, chunks: int, slots: int, chunk: int, clusters: bool =
 def launch_decode(
     load: Loader, query: Tensor, pool: Tensor, fmt: PageFormat, page_table: Tensor, lengths: Tensor, scaling: float,
     window: int | None, biases: Biases, out: Tensor, *, processors: int, shared_limit: int, parts: Parts | None = None,
-    clusters: bool = False, settled: bool = False, **tuned: int,
+    clusters: bool = False, settled: bool = False, warps: int = WARPS, chunk: int | None = None,
 ) -> None:  # fmt: skip
     """Enqueue the decode kernel; the number of parts depends on shapes alone, never on lengths."""
     query = _dense_heads(query)
     (batch, heads, head_dim), kv_heads = query.shape, pool.shape[1]
-    plan = plan_decode(fmt, query.dtype, heads // kv_heads, shared_limit, biases, **tuned)
+    plan = plan_decode(fmt, query.dtype, heads // kv_heads, shared_limit, biases, warps=warps, chunk=chunk)
     blocks, chunk = kv_heads * -(-heads // kv_heads // plan.columns), int(plan.defines["CHUNK"])
     if parts is None:
         chunks = -(-page_table.shape[1] * fmt.page // chunk)
         parts = parts_for(batch * blocks, chunks, processors * plan.blocks_per_processor, chunk, clusters, plan.warps)
     cluster = parts.most if clusters and parts.most <= CLUSTER else 1
-    plan = plan_decode(fmt, query.dtype, heads // kv_heads, shared_limit, biases, cluster, settled, **tuned)
+    plan = plan_decode(fmt, query.dtype, heads // kv_heads, shared_limit, biases, cluster, settled, warps, chunk)
     floats = batch * blocks * parts.most * plan.columns * (head_dim + 4) if parts.most > cluster else 1
     partials, arrivals = scratch(query.device, floats, batch * blocks)
     load(DECODE, plan.defines, plan.shared_bytes).launch(

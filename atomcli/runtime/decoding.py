@@ -136,13 +136,10 @@ class DecodeRows:
     @torch.inference_mode()
     def _run(self, rows: int, sampled: bool) -> Tensor:
         tokens, lengths, table, temperature, top_p, seeds = (buffer[:rows] for buffer in self._device.values())
-        active, positions, page = lengths > 0, lengths.long(), self.model.format.page
-        pages = table.gather(1, (positions // page)[:, None])[:, 0].long()
-        slots = torch.where(active, pages * page + positions % page, -1)
-        grown = lengths + active
-        step = self.model.step(positions, slots, table, grown)
+        step, positions = self.model.decode_step(tokens, lengths, table)
         logits = self.model.logits(*self.model.hidden(tokens, step, self.pools))
-        chosen = sample(logits, temperature, top_p, seeds, positions) if sampled else greedy(logits)
-        tokens.copy_(chosen)
-        lengths.copy_(grown)
+        if sampled:
+            tokens.copy_(sample(logits, temperature, top_p, seeds, positions))
+        else:
+            greedy(logits, out=tokens)
         return logits

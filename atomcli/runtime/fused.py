@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from atomcli.errors import UnsupportedError
 from atomcli.kernels import attention
+from atomcli.kernels.begin_decode import begin_decode
 from atomcli.kernels.pages import PageFormat
 from atomcli.models.block import Family, head_dim
 from atomcli.models.registry import describe
@@ -31,6 +32,7 @@ class Step:
     cos, sin fp32 (T, head_dim / 2) of each token's position. slots int64 (T,): page * tokens of a page + offset where
     its key and value go, negative for nowhere. page_table int32 (B, pages), lengths int32 (B,): keys of each sequence,
     the new ones included. query_starts int32 (B + 1,): where each sequence's tokens begin; None: one token each.
+    embedded (T, hidden): the tokens' embeddings, where they are known already.
     """
 
     cos: Tensor
@@ -39,6 +41,7 @@ class Step:
     page_table: Tensor
     lengths: Tensor
     query_starts: Tensor | None = None
+    embedded: Tensor | None = None
 
 
 class FusedModel:
@@ -112,9 +115,19 @@ class FusedModel:
         """The step of tokens at `positions` int64 (T,); the other arguments as in `Step`."""
         return Step(self.cos[positions], self.sin[positions], slots, page_table, lengths, **more)
 
+    def decode_step(self, tokens: Tensor, lengths: Tensor, page_table: Tensor) -> tuple[Step, Tensor]:
+        """The step that adds `tokens` int64 (B,) to sequences of `lengths` int32 (B,), and the tokens' positions.
+
+        Lengths grow in place; sequences of length 0 are idle and stay so.
+        """
+        pending = begin_decode(tokens, lengths, page_table, self.format.page, self.cos, self.sin, self.embedding)
+        step = Step(pending.cos, pending.sin, pending.slots, page_table, lengths, embedded=pending.embedded)
+        return step, pending.positions
+
     def hidden(self, tokens: Tensor, step: Step, pools: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """The last block's output and the residual beside it, (T, hidden) each; stores the tokens' keys and values."""
-        x, residual = nn.functional.embedding(tokens, self.embedding), None
+        x = nn.functional.embedding(tokens, self.embedding) if step.embedded is None else step.embedded
+        residual = None
         for block, pool in zip(self.blocks, pools, strict=True):
             x, residual = block(x, residual, step, pool)
         assert residual is not None

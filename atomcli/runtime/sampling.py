@@ -30,9 +30,9 @@ class Sampling:
 GREEDY = Sampling()
 
 
-def greedy(logits: Tensor) -> Tensor:
-    """The likeliest token of each row of logits (B, V): int64 (B,)."""
-    return logits.argmax(dim=-1)
+def greedy(logits: Tensor, out: Tensor | None = None) -> Tensor:
+    """The likeliest token of each row of logits (B, V): int64 (B,), in `out` if it is given."""
+    return torch.argmax(logits, dim=-1, out=out)
 
 
 def sample(logits: Tensor, temperature: Tensor, top_p: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:

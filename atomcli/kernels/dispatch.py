@@ -67,7 +67,9 @@ def choose_for(scheme: Scheme, arch: str) -> Choice:
 def choose_for_experts(scheme: Scheme, device: torch.device | str, in_features: int = 4096) -> Choice:
     """What runs all experts of a mixture as one product, or why each expert runs on its own."""
     choice = choose(scheme, device, in_features)
-    if choice.kernel is None or choice.kernel in (f"gemm_w{bits}_sm90a" for bits in (4, 8)):
+    if choice.kernel == "gemm_w4a16_sm90a" and scheme.weights.scale == "e4m3":
+        return Choice(None, "experts with a scale per tensor are not one product")
+    if choice.kernel is None or choice.kernel in ("gemm_w4_sm90a", "gemm_w8_sm90a", "gemm_w4a16_sm90a"):
         return choice
     return Choice(None, f"experts are one product on the integer GEMM of sm_90a, not on {choice.kernel}")
 
@@ -117,10 +119,13 @@ class ExpertProduct:
 
     scheme: Scheme
     layout: quantize.KernelLayout
-    weights: layouts.GemmWeight
+    container: quantize.Container
+    weights: layouts.GemmWeight | weight_layouts.ScaledWeight
 
     def multiply(self, operand: quantize.Operand, expert_starts: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
         """y (tokens, out_features); expert_starts (experts + 1,) int32 says where each expert's tokens begin."""
+        if isinstance(self.weights, weight_layouts.ScaledWeight):
+            return weight_gemm.expert_linear(operand, self.weights, expert_starts, tokens, dtype)
         return gemm.expert_linear(operand, self.weights, expert_starts, tokens, dtype)
 
 
@@ -130,8 +135,12 @@ def prepare_experts(weights: Sequence[QuantizedWeight], layout: InputLayout) -> 
     choice = choose_for_experts(first.scheme, first.codes.device, first.shape[1])
     if choice.kernel is None:
         raise UnsupportedError(f"No kernel serves experts in scheme {first.scheme.name}: {choice.reason}.")
+    kernel_layout = quantize.prepare_layout(layout, first.codes.device)
+    if choice.kernel == "gemm_w4a16_sm90a":
+        scaled = weight_layouts.stack([weight_layouts.prepare(weight) for weight in weights])
+        return ExpertProduct(first.scheme, kernel_layout, "f16", scaled)
     stacked = layouts.stack([layouts.prepare_weight(weight) for weight in weights])
-    return ExpertProduct(first.scheme, quantize.prepare_layout(layout, first.codes.device), stacked)
+    return ExpertProduct(first.scheme, kernel_layout, "s8", stacked)
 
 
 def prepare(weight: QuantizedWeight, layout: InputLayout) -> Product:

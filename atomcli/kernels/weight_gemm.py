@@ -67,15 +67,41 @@ def linear(
     The operand is what `quantize.quantize` gives in the container "f16". Raises UsageError for operands that don't fit.
     """
     _check(operand, weight, tokens, dtype, bias)
+    return _call(operand, weight, bias, None, tokens, dtype)
+
+
+def expert_linear(
+    operand: Operand, weights: ScaledWeight, expert_starts: Tensor, tokens: int, dtype: torch.dtype
+) -> Tensor:
+    """y (tokens, out_features) of inputs that are sorted by expert and the stack of the experts' weights.
+
+    As `gemm.expert_linear`: expert_starts (experts + 1,) int32 on the device says where each expert's tokens begin.
+    """
+    _check(operand, weights, tokens, dtype, None)
+    experts = weights.blocks.shape[0]
+    if weights.blocks.dim() != 4 or expert_starts.shape != (experts + 1,) or expert_starts.dtype != torch.int32:
+        found = f"{expert_starts.dtype} {tuple(expert_starts.shape)}"
+        raise UsageError(f"A stack of {experts} experts needs {experts + 1} int32 starts, not {found}.")
+    return _call(operand, weights, None, expert_starts, tokens, dtype)
+
+
+def _call(
+    operand: Operand,
+    weight: ScaledWeight,
+    bias: Tensor | None,
+    expert_starts: Tensor | None,
+    tokens: int,
+    dtype: torch.dtype,
+) -> Tensor:
     y: Tensor = torch.ops.atom.gemm_w4a16(
-        operand.codes, operand.token_scale, weight.blocks, weight.row_scale, bias, weight.element, weight.group,
-        weight.scale, weight.shape[0], tokens, dtype,
+        operand.codes, operand.token_scale, weight.blocks, weight.row_scale, bias, expert_starts, weight.element,
+        weight.group, weight.scale, weight.shape[0], tokens, dtype,
     )  # fmt: skip
     return y
 
 
 def _check(operand: Operand, weight: ScaledWeight, tokens: int, dtype: torch.dtype, bias: Tensor | None) -> None:
-    codes, planes = operand.codes, PLANES * weight.blocks.shape[1]
+    codes, planes = operand.codes, PLANES * weight.blocks.shape[-2]
     if dtype not in OUTPUTS:
         raise UsageError(f"The GEMM puts out bfloat16 or float16, not {dtype}.")
     if codes.dim() != 3 or (codes.shape[0], codes.shape[2]) != (planes, BLOCK) or codes.element_size() != 1:
@@ -116,36 +142,65 @@ def tile_for(rows: int, tokens: int, multiprocessors: int, group: int, scale: St
     return fit(tile, group, scale)
 
 
-def fit(tile: Tile, group: int, scale: StoredScale) -> Tile:
-    """The same tile with as many stages as shared memory holds."""
-    while _shared_bytes(tile, group, scale) + tile.stages * 16 + 16 > SHARED_LIMIT:
+def tile_for_experts(
+    rows: int, experts: int, tokens: int, multiprocessors: int, group: int, scale: StoredScale
+) -> Tile:
+    """A tile for `tokens` tokens sorted by expert, as if those that have some had equally many, as in tune."""
+    active = min(experts, tokens)
+    tile = tile_for(rows * active, -(-tokens // active) + 7, multiprocessors, group, scale)
+    return fit(replace(tile, cluster=1), group, scale, experts)
+
+
+def fit(tile: Tile, group: int, scale: StoredScale, experts: int = 0) -> Tile:
+    """The same tile with as many stages as shared memory holds beside the table of experts."""
+    while _shared_bytes(tile, group, scale) + tile.stages * 16 + (experts + 1) * 8 > SHARED_LIMIT:
         tile = replace(tile, stages=tile.stages - 1)
     return tile
 
 
-def defines(tile: Tile, weight: ScaledWeight, dtype: torch.dtype) -> dict[str, int | str]:
+def defines(tile: Tile, weight: ScaledWeight, dtype: torch.dtype, experts: int = 0) -> dict[str, int | str]:
     """What the source is compiled with."""
-    return tile.defines(dtype) | {"ELEMENT": weight.element.upper(), "GROUP": weight.group, "SCALE": weight.scale}
+    return tile.defines(dtype, experts) | {
+        "ELEMENT": weight.element.upper(),
+        "GROUP": weight.group,
+        "SCALE": weight.scale,
+    }
 
 
 def _shared_bytes(tile: Tile, group: int, scale: StoredScale) -> int:
     return tile.shared_bytes(weight_layouts.block_bytes(group, scale), PLANES)
 
 
-def launch(tile: Tile, operand: Operand, weight: ScaledWeight, output: Tensor, bias: Tensor | None = None) -> None:
-    """Enqueue y (tokens, out_features) = x W^T on torch's current stream with the given tile."""
-    device, (tokens, rows) = output.device, output.shape
+def launch(
+    tile: Tile,
+    operand: Operand,
+    weight: ScaledWeight,
+    output: Tensor,
+    bias: Tensor | None = None,
+    expert_starts: Tensor | None = None,
+) -> None:
+    """Enqueue y (tokens, out_features) = x W^T on torch's current stream with the given tile.
+
+    With `expert_starts` (experts + 1,) the weight is a stack: tokens starts[e] ... starts[e + 1] - 1 take expert e.
+    """
+    device, (tokens, rows), (row_groups, blocks) = output.device, output.shape, weight.blocks.shape[-3:-1]
+    experts = 0 if expert_starts is None else expert_starts.numel() - 1
     shared_bytes = _shared_bytes(tile, weight.group, weight.scale)
-    kernel = compiler.load_kernel(SOURCE, "gemm", device, defines(tile, weight, output.dtype), shared_bytes)
-    token_tiles, row_tiles = -(-tokens // tile.tokens), -(-rows // (tile.rows * tile.cluster)) * tile.cluster
-    grid, split_tiles = deal(tile, row_tiles * token_tiles, compiler.multiprocessors(device))
+    kernel = compiler.load_kernel(SOURCE, "gemm", device, defines(tile, weight, output.dtype, experts), shared_bytes)
+    token_tiles, processors = -(-tokens // tile.tokens), compiler.multiprocessors(device)
+    if expert_starts is None:
+        row_tiles = -(-rows // (tile.rows * tile.cluster)) * tile.cluster
+        grid, split_tiles = deal(tile, row_tiles * token_tiles, processors)
+    else:  # how many tiles there are is known on the device
+        row_tiles = row_groups // tile.row_groups
+        grid, split_tiles = tile.blocks or processors * tile.blocks_per_sm, int(tile.split == "all")
     partials = flags = None
     if split_tiles:  # a tile of sums for each block, and a flag for each of its warps that own rows
         _, partials, flags = workspace(device, "w4a16", grid * tile.rows * tile.tokens, grid * tile.row_groups * 4)
     kernel.launch(
         grid, tile.threads, weight.blocks, None, operand.codes, weight.row_scale, None, operand.token_scale, None, bias,
-        output, partials, flags, None, rows, tokens, operand.codes.shape[1], weight.blocks.shape[1], row_tiles,
-        token_tiles, split_tiles, overlap=True,
+        output, partials, flags, expert_starts, rows, tokens, operand.codes.shape[1], blocks, row_tiles, token_tiles,
+        split_tiles, overlap=True,
     )  # fmt: skip
 
 
@@ -158,6 +213,7 @@ def _gemm(
     blocks: Tensor,
     row_scale: Tensor,
     bias: Tensor | None,
+    expert_starts: Tensor | None,
     element: str,
     group: int,
     scale: str,
@@ -168,9 +224,13 @@ def _gemm(
     output = torch.empty(tokens, rows, dtype=dtype, device=codes.device)
     if tokens == 0:
         return output
-    weight = ScaledWeight((rows, blocks.shape[1] * BLOCK), element, group, scale, blocks, row_scale)  # type: ignore[arg-type]
-    tile = tile_for(rows, tokens, compiler.multiprocessors(codes.device), group, weight.scale)
-    launch(tile, Operand(codes, codes, token_scale, token_scale, codes), weight, output, bias)
+    weight = ScaledWeight((rows, blocks.shape[-2] * BLOCK), element, group, scale, blocks, row_scale)  # type: ignore[arg-type]
+    processors = compiler.multiprocessors(codes.device)
+    if expert_starts is None:
+        tile = tile_for(rows, tokens, processors, group, weight.scale)
+    else:
+        tile = tile_for_experts(rows, blocks.shape[0], tokens, processors, group, weight.scale)
+    launch(tile, Operand(codes, codes, token_scale, token_scale, codes), weight, output, bias, expert_starts)
     return output
 
 
@@ -181,8 +241,8 @@ def _gemm_shape(codes: Tensor, *rest: Any) -> Tensor:
 
 _library = torch.library.Library("atom", "FRAGMENT")
 _library.define(
-    "gemm_w4a16(Tensor codes, Tensor token_scale, Tensor blocks, Tensor row_scale, Tensor? bias, str element, "
-    "int group, str scale, SymInt rows, SymInt tokens, ScalarType dtype) -> Tensor"
+    "gemm_w4a16(Tensor codes, Tensor token_scale, Tensor blocks, Tensor row_scale, Tensor? bias, "
+    "Tensor? expert_starts, str element, int group, str scale, SymInt rows, SymInt tokens, ScalarType dtype) -> Tensor"
 )
 _library.impl("gemm_w4a16", _gemm, "CUDA")
 torch.library.register_fake("atom::gemm_w4a16", _gemm_shape, lib=_library)

@@ -41,10 +41,10 @@ class GroupedExperts:
         order, starts = sort_by_expert(chosen, self.count)
         rows, kind = order.numel(), hidden.dtype
         routed = hidden[order // chosen.shape[1]]
-        operand = quantize.quantize(routed, self.gate_up.scheme, self.gate_up.layout)
+        operand = quantize.quantize(routed, self.gate_up.scheme, self.gate_up.layout, self.gate_up.container)
         both = self.gate_up.multiply(operand, starts, rows, kind)
         operand = quantize.silu_mul_quantize(
-            both[:, : self.width], both[:, self.width :], self.down.scheme, self.down.layout
+            both[:, : self.width], both[:, self.width :], self.down.scheme, self.down.layout, self.down.container
         )
         return combine(self.down.multiply(operand, starts, rows, kind), order, weights)
 

@@ -4,7 +4,8 @@ A block is 64 output rows of 128 channels: 4096 bytes of codes, then the rows' g
 said in cuda/unpack_f16.cuh. Scales that fp16 can't hold as they are stored become exact ones times a factor of the row.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -32,7 +33,7 @@ _E2M1_UNIT = 2.0**14  # E2M1 codes are read as fp16 numbers of 2^-14 times their
 
 @dataclass(frozen=True)
 class ScaledWeight:
-    """A weight (out_features, in_features) as the GEMM takes it.
+    """A weight (out_features, in_features) as the GEMM takes it, or a stack of them with one more dimension in front.
 
     blocks: uint8 (row groups of 64, blocks, bytes); row groups come in pairs. row_scale: fp32 (row groups * 64,), with
     all factors that the blocks leave out. `group` channels share a scale, at most 128.
@@ -81,6 +82,12 @@ def prepare(weight: QuantizedWeight) -> ScaledWeight:
     tail = _pack_scales(scales, packed.shape[1], BLOCK // group, _MULTIPLIER_BIAS if stored == "MULTIPLIER" else 0)
     blocks = torch.cat([packed, tail], dim=2).contiguous()
     return ScaledWeight(weight.shape, format.element, group, stored, blocks, pad_scale(row_scale))
+
+
+def stack(weights: Sequence[ScaledWeight]) -> ScaledWeight:
+    """Weights of one shape and kind as one, for inputs that each take one of them."""
+    blocks, row_scale = (torch.stack([getattr(weight, name) for weight in weights]) for name in ("blocks", "row_scale"))
+    return replace(weights[0], blocks=blocks, row_scale=row_scale)
 
 
 def _scales(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:

@@ -120,7 +120,7 @@ def quantized_experts(scheme_name: str, count: int, hidden: int, width: int) -> 
     return experts
 
 
-@pytest.mark.parametrize("scheme", ["w4a8", "w4a4", "w8a8"])
+@pytest.mark.parametrize("scheme", ["w4a8", "w4a4", "w8a8", "w4a16"])
 @pytest.mark.parametrize("tokens", [1, 5, 130])
 def test_grouped_experts_equal_experts_in_turn(tokens: int, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(3)

@@ -122,3 +122,21 @@ def test_torch_compile_holds_the_operator() -> None:
         lambda: weight_gemm.linear(operand, weight, 8, torch.bfloat16) * 2, backend="eager", fullgraph=True
     )
     assert torch.equal(compiled(), weight_gemm.linear(operand, weight, 8, torch.bfloat16) * 2)
+
+
+@pytest.mark.parametrize("name", ["two-level", "int4-g128", "mxfp4"])
+@pytest.mark.parametrize(
+    "counts", [[0, 0, 1, 0], [3, 0, 17, 1, 40, 0, 0, 5], [0, 300, 0], [9, 130, 0, 64, 7, 8, 1, 250]]
+)
+def test_experts_equal_their_own_products(name: str, counts: list[int]) -> None:
+    scheme, rows, channels = cases.SCHEMES[name], 200, 700
+    weights = [cases.random_weight(scheme, rows, channels, "cuda") for _ in counts]
+    layout = random_layout(channels, 0, permuted=True, signed=True, hadamard=scheme.transform == "hadamard")
+    x = random_rows(sum(counts), channels, torch.bfloat16).cuda()
+    operand = quantize.quantize(x, scheme, quantize.prepare_layout(layout, "cuda"), "f16")
+    starts = torch.tensor([0, *counts], device="cuda").cumsum(0).int()
+    stack = weight_layouts.stack([weight_layouts.prepare(weight) for weight in weights])
+    y = weight_gemm.expert_linear(operand, stack, starts, len(x), torch.bfloat16)
+    seen = reference.quantized_input(x, scheme, layout.to("cuda")).double()
+    parts = [part @ weight.dequantize().double().T for part, weight in zip(seen.split(counts), weights, strict=True)]
+    assert relative_error(y, torch.cat(parts)) <= 2e-3

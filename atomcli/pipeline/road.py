@@ -138,8 +138,8 @@ class Road:
             "layers": pack.report_rows(block, index, outcomes, self.names, input_ranges(walk, index, statistics)),
             "seconds": time.monotonic() - started,
         }
-        tensors = {name: tensor.detach().cpu() for name, tensor in pack.block_tensors(block, index).items()}
-        self._write(index, tensors, step, journal)
+        made = pack.block_tensors(block, index) if self.ranks.first else {}
+        self._write(index, {name: tensor.detach().cpu() for name, tensor in made.items()}, step, journal)
         return step
 
     def _write(self, index: int, tensors: dict[str, Tensor], step: dict[str, Any], journal: Journal) -> None:

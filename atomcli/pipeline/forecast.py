@@ -119,8 +119,9 @@ def forecast(source: Source, recipe: Recipe, scratch: Path, device: torch.device
     blocks = min(_BLOCKS, walk.blocks)
     # A slot of the trial takes chunks as large as a slot of the run.
     chunk = min(walk.sequences_at_once(length), -(-samples // SLOTS))
-    few = min(samples, 2 if chunk == 1 else SLOTS * chunk)
-    many = min(samples, (4 if chunk == 1 else 2) * few)  # far enough apart to tell the slope from noise
+    hours = chunk == 1 and walk.device.type == "cpu"
+    few = min(samples, 2 if hours else SLOTS * chunk)
+    many = min(samples, (2 if chunk > 1 else 4) * few)  # far enough apart to tell the slope from noise
     trials: dict[int, dict[str, list[float]]] = {}
     host, gpu = 0, None
     for number in sorted({few, many}):

@@ -23,7 +23,7 @@ from atomcli.formats.scheme import KVFormat, Scheme
 from atomcli.models.tensors import block_name
 from atomcli.pipeline.model import Walk
 from atomcli.pipeline.progress import Progress
-from atomcli.pipeline.stream import Stream, run
+from atomcli.pipeline.stream import Stream, one_ahead, run
 from atomcli.runtime.decoder import embed, empty_block, empty_model, logits, quantize_linear
 from atomcli.runtime.linear import QuantLinear
 from atomcli.runtime.saved import Plan
@@ -91,9 +91,12 @@ def verify(
     before: list[Tensor] = []
     with torch.inference_mode():
         before = [embed(outer, sequence[None].to(walk.device)) for sequence in tokens]
-        for index in range(walk.blocks):
-            kv = plan.cache_of(index)
-            block = reopened_block(directory, walk, index, plan.linears, plan.schemes, kv).to(walk.device)
+        blocks = (
+            reopened_block(directory, walk, index, plan.linears, plan.schemes, plan.cache_of(index))
+            for index in range(walk.blocks)
+        )
+        for index, block in enumerate(one_ahead(blocks)):
+            block.to(walk.device)
             before = [walk.forward(block, index, hidden) for hidden in before]
             progress.advance(index + 1)
     reopened = Stream(road.path.with_name("reopened.stream"), road.shape, road.dtype)

@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from atomcli.checkpoint.files import write_error
 from atomcli.errors import InputError, RunError
 from atomcli.pipeline.held import Held
 
+T = TypeVar("T")
 _LOG = logging.getLogger("atomcli")
 
 # Chunks of sequences are so large that the widest activation of a block takes about this much memory in fp32: on the
@@ -169,13 +171,13 @@ def _write_all(file: FileIO, values: Tensor) -> None:
         done += file.write(data[done:])
 
 
-def _one_ahead(chunks: Iterator[Tensor]) -> Iterator[Tensor]:
-    """The same chunks, each read while the one before is computed."""
+def one_ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items (chunks, blocks), each read while one works on the one before."""
     with ThreadPoolExecutor(1, "atom") as pool:
-        coming = pool.submit(next, chunks, None)
-        while (chunk := coming.result()) is not None:
-            coming = pool.submit(next, chunks, None)
-            yield chunk
+        coming = pool.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = pool.submit(next, items, None)
+            yield item
 
 
 def check_finite(x: Tensor, where: str) -> None:
@@ -220,7 +222,7 @@ def run(
     """
     limit = AtOnce(at_once) if isinstance(at_once, int) else at_once
     with torch.inference_mode():
-        for chunk in _one_ahead(stream.chunks(limit.sequences)):
+        for chunk in one_ahead(stream.chunks(limit.sequences)):
             waiting = [chunk]
             while waiting:
                 output, piece = None, waiting.pop(0)

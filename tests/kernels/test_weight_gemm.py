@@ -1,5 +1,6 @@
 """The GEMM for 4-bit weights and 16-bit activations: what its blocks hold, its operand, and what is made of it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,8 @@ from torch import Tensor
 
 from atomcli.errors import UnsupportedError, UsageError
 from atomcli.formats import grids
-from atomcli.formats.scheme import Scheme, WeightFormat
-from atomcli.kernels import compiler, weight_gemm, weight_layouts
+from atomcli.formats.scheme import SCHEMES, Scheme, WeightFormat
+from atomcli.kernels import compiler, dispatch, weight_gemm, weight_layouts
 from atomcli.kernels.quantize import Operand
 from atomcli.kernels.weight_layouts import ScaledWeight
 from tests.kernels import quantize_cases
@@ -170,3 +171,22 @@ def test_misfits_are_refused() -> None:
     codes, scale = torch.zeros(2, 8, 128, dtype=torch.uint8), torch.ones(8)
     with pytest.raises(UsageError, match=r"the weight needs \(4, tokens, 128\)"):
         weight_gemm.linear(Operand(codes, codes, scale, scale, codes), packed, 8, torch.bfloat16)
+
+
+def test_the_dispatcher_says_which_card_has_it() -> None:
+    for name, scheme in cases.SCHEMES.items():
+        assert dispatch.choose_for(scheme, "90a").kernel == "gemm_w4a16_sm90a", name
+        assert "sm_90a, none for sm_89" in (dispatch.choose_for(scheme, "89").reason or "")
+    assert "weights stay in 16 bits" in (dispatch.choose_for(SCHEMES["w16a16"], "90a").reason or "")
+
+
+def test_torch_knows_the_output_before_the_kernel_runs() -> None:
+    packed = weight_layouts.prepare(cases.random_weight(cases.SCHEMES["mxfp4"], 200, 256))
+    codes, scale = torch.empty(4, 16, 128, dtype=torch.uint8, device="meta"), torch.empty(16, device="meta")
+    weight = replace(packed, blocks=packed.blocks.to("meta"), row_scale=packed.row_scale.to("meta"))
+    operand = Operand(codes, codes, scale, scale, codes)
+    assert weight_gemm.linear(operand, weight, 11, torch.float16).shape == (11, 200)
+    starts, stack = torch.empty(4, dtype=torch.int32, device="meta"), weight_layouts.stack([weight] * 3)
+    assert weight_gemm.expert_linear(operand, stack, starts, 11, torch.bfloat16).shape == (11, 200)
+    with pytest.raises(UsageError, match="3 experts needs 4 int32 starts"):
+        weight_gemm.expert_linear(operand, stack, starts[:2], 11, torch.bfloat16)

@@ -25,6 +25,8 @@ pytestmark = pytest.mark.gpu
 
 KV4, KV8, KV16 = KVFormat("int4", hadamard=True), KVFormat("int8"), KVFormat("float")
 W4A8, W8A8 = SCHEMES["w4a8"], SCHEMES["w8a8"]
+W4A16 = Scheme(W4A8.weights, SCHEMES["w4a16"].activations, transform="hadamard")
+MODELS = {"w4a8": (W4A8, KV4), "w8a8": (W8A8, KV8), "w4a16": (W4A16, KV4), "bf16": (None, KV16)}
 # Heads of 64 and rows that hold the outliers, a body and a ragged end.
 SHAPE: dict[str, Any] = {"head_dim": 64, "hidden_size": 320, "intermediate_size": 704, "num_attention_heads": 4}
 
@@ -91,7 +93,7 @@ def test_a_merged_product_is_its_linears(scheme: str, tokens: int) -> None:
     assert torch.equal(projection.plain(rows), expected)
 
 
-@pytest.mark.parametrize(("scheme", "kv"), [(W4A8, KV4), (W8A8, KV8), (None, KV16)], ids=["w4a8", "w8a8", "bf16"])
+@pytest.mark.parametrize(("scheme", "kv"), MODELS.values(), ids=MODELS.keys())
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "mixtral"])
 def test_kernels_are_as_near_to_fp32_as_the_reference(family: str, scheme: Scheme | None, kv: KVFormat) -> None:
     model = small_model(family, scheme, kv)
@@ -104,7 +106,7 @@ def test_kernels_are_as_near_to_fp32_as_the_reference(family: str, scheme: Schem
         assert error(fused_logits(kernels, tokens, chunks), truth).median() < 1.3 * rounding.median() + 1e-3
 
 
-@pytest.mark.parametrize(("scheme", "kv"), [(W4A8, KV4), (W8A8, KV8), (None, KV16)], ids=["w4a8", "w8a8", "bf16"])
+@pytest.mark.parametrize(("scheme", "kv"), MODELS.values(), ids=MODELS.keys())
 def test_graphs_of_every_size_do_what_plain_calls_do(scheme: Scheme | None, kv: KVFormat) -> None:
     model = FusedModel.of(small_model("llama", scheme, kv).cuda())
     assert model.capturable

@@ -6,6 +6,9 @@
 //
 // SETTLED: lengths and pages were written before the kernel before this one. They are read, and the keys and values that
 // the block begins with are fetched into L2, while that one runs.
+//
+// APPENDS: queries, keys and values come as the projections leave them. Every block prepares its own queries, and the last part
+// of a sequence quantizes the newest key and value, stores them and puts them in their place of the chunk they belong to.
 
 #include "attention_bias.cuh"
 #include "chain.cuh"
@@ -13,11 +16,15 @@
 #include "prefetch.cuh"
 
 using Query = QUERY;  // bf16 or fp16
+using Input = Query;
+
+#include "append_rows.cuh"
 
 constexpr int warps = WARPS;
 constexpr int stages = STAGES;
 constexpr bool clustered = CLUSTER > 1;
 constexpr bool settled = SETTLED;
+constexpr bool appends = APPENDS;
 constexpr int chunk_tokens = CHUNK;
 constexpr int token_tiles = chunk_tokens / 16;
 constexpr int pages_of_chunk = chunk_tokens > page_tokens ? chunk_tokens / page_tokens : 1;
@@ -25,6 +32,8 @@ constexpr int codes_bytes = chunk_tokens * row_bytes;
 constexpr int stage_bytes = 2 * codes_bytes + chunk_tokens * number_bytes;
 constexpr int query_bytes = columns * query_row_bytes;
 constexpr int bias_bytes = has_bias ? part_bytes + chunk_tokens * step_bytes + warps * turned_bytes : 0;
+constexpr int newest_bytes = appends ? (2 * row_bytes + number_bytes + 127) / 128 * 128 : 0;
+static_assert(!(appends && has_bias), "a bias meets queries that lie in memory");
 
 extern __shared__ __align__(1024) uint8 shared_bytes[];
 
@@ -58,6 +67,52 @@ INLINE void copy_queries(const Query* query, int count) {
         copy_async(shared_bytes + at, reinterpret_cast<const uint8*>(query) + (exists ? at : 0), exists);
     }
     copy_commit();
+}
+
+// What the projections leave of a token, from the first query head of a block and of its KV head.
+struct Projected {
+    const Query *query, *key, *value;
+    const float *cos, *sin, *center;
+};
+
+// Prepares the block's queries and, of the newest token, the key and the value: they go to shared memory, and to `page` if that
+// is not null.
+INLINE void append(const Projected& from, int count, bool newest, uint8* page, int offset) {
+    uint8* row = shared_bytes + query_bytes;
+    const Place place;
+    for (int at = (count * query_row_bytes + threadIdx.x * 16); at < columns * query_row_bytes; at += warps * 512)
+        *reinterpret_cast<uint4*>(shared_bytes + at) = make_uint4(0, 0, 0, 0);  // columns without a query
+    const int all = count + (newest ? 2 : 0);
+    Runs turn;
+    load_turn(turn, from.cos, from.sin, place);
+#pragma unroll 1
+    for (int first = threadIdx.x / 32 * heads_of_warp; first < all; first += warps * heads_of_warp) {
+        const bool exists = first + place.head < all && place.head < heads_of_warp;
+        const int vector = exists ? first + place.head : all - 1;
+        const bool is_query = vector < count, is_value = vector > count, is_key = vector == count;
+        Runs runs;
+        load_head(runs, is_query ? from.query + vector * head_dim : is_value ? from.value : from.key, place);
+        prepare_head(runs, turn, !is_value, !is_value, is_key ? from.center : nullptr, place);
+        const Encoded encoded = encode(runs, place);
+        if (!exists) continue;
+        if (is_query) {
+            store_head(reinterpret_cast<Query*>(shared_bytes) + vector * head_dim, runs, place);
+        } else {
+            store_row(row + is_value * row_bytes, row + 2 * row_bytes + is_value * (number_bytes / 2), encoded, place);
+            if (page) store_in_page(page, offset, is_value, encoded, place);
+        }
+    }
+}
+
+// The newest token's row of a chunk that was copied before it was there.
+INLINE void put_newest(uint8* stage, int token) {
+    const uint8* row = shared_bytes + query_bytes;
+    for (int at = threadIdx.x % 32 * 4; at < 2 * row_bytes + number_bytes; at += 128) {
+        uint8* to = at < row_bytes       ? stage + token * row_bytes + at
+                    : at < 2 * row_bytes ? stage + codes_bytes + token * row_bytes + at - row_bytes
+                                         : stage + 2 * codes_bytes + token * number_bytes + at - 2 * row_bytes;
+        *reinterpret_cast<uint32*>(to) = *reinterpret_cast<const uint32*>(row + at);
+    }
 }
 
 // The barrier after the queries' copies makes it complete.
@@ -281,10 +336,11 @@ struct Inbox {
 #define CLUSTERED
 #endif
 extern "C" __global__ void CLUSTERED __launch_bounds__(WARPS * 32, BLOCKS_PER_SM)
-attention_decode(const Query* query, const uint8* pool, const int* page_table, const int* lengths, const float* value_bias,
+attention_decode(const Query* query, uint8* pool, const int* page_table, const int* lengths, const float* value_bias,
                  const float* key_bias, const float* cos, const float* sin, int positions, Query* out, float* partials,
                  int* arrivals, int heads, int kv_heads, int max_pages, int query_stride,
-                 int window, int wanted, int longest, float scaling) {
+                 int window, int wanted, int longest, float scaling, const Query* key, const Query* value, const float* center,
+                 const long long* slots, int key_stride, int value_stride) {
     const int group = heads / kv_heads, tiles = (group + columns - 1) / columns;
     const int kv_head = blockIdx.x / tiles, first_head = kv_head * group + blockIdx.x % tiles * columns;
     const int count = min(columns, (kv_head + 1) * group - first_head), sequence = blockIdx.z;
@@ -294,7 +350,7 @@ attention_decode(const Query* query, const uint8* pool, const int* page_table, c
     const int length = lengths[sequence];
     const Range range = part_of(length, window, blockIdx.y, wanted, longest);
     const int warp = threadIdx.x / 32;
-    uint8* ring = shared_bytes + query_bytes + bias_bytes + warp * stages * stage_bytes;
+    uint8* ring = shared_bytes + query_bytes + bias_bytes + newest_bytes + warp * stages * stage_bytes;
     const Source source = {pool + static_cast<long long>(kv_head) * page_bytes, page_table + static_cast<long long>(sequence) * max_pages,
                            static_cast<long long>(kv_heads) * page_bytes, range};
     int pages[pages_of_chunk], chunk = range.first_chunk + warp;
@@ -316,7 +372,7 @@ attention_decode(const Query* query, const uint8* pool, const int* page_table, c
     if (static_cast<int>(blockIdx.y) >= range.parts) return;
 
     query += static_cast<long long>(sequence) * query_stride + first_head * head_dim;
-    copy_queries(query, count);
+    if (!appends) copy_queries(query, count);
 #pragma unroll
     for (int stage = 0; stage < stages - 1; ++stage) {
         source.copy(ring + stage * stage_bytes, pages, chunk + stage * warps);
@@ -324,6 +380,16 @@ attention_decode(const Query* query, const uint8* pool, const int* page_table, c
     }
     Bias bias;
     if constexpr (has_bias) bias = load_bias({key_bias + kv_head * head_dim, cos, sin, positions}, query, count, scaling);
+    const bool newest = appends && range.last_chunk * chunk_tokens >= length;  // whether this part has the newest token
+    if constexpr (appends) {
+        const long long slot = slots[sequence];
+        const bool stores = newest && blockIdx.x % tiles == 0 && slot >= 0;
+        const int turn = sequence * half_head;
+        const Projected projected = {query, key + static_cast<long long>(sequence) * key_stride + kv_head * head_dim,
+                                     value + static_cast<long long>(sequence) * value_stride + kv_head * head_dim, cos + turn, sin + turn,
+                                     center ? center + kv_head * head_dim : nullptr};
+        append(projected, count, newest, stores ? pool + (slot / page_tokens * kv_heads + kv_head) * page_bytes : nullptr, slot % page_tokens);
+    }
     copy_wait<stages - 1>();
     __syncthreads();
     Queries queries;
@@ -339,6 +405,10 @@ attention_decode(const Query* query, const uint8* pool, const int* page_table, c
         __syncwarp();  // the chunk is there for all lanes, and none still reads the one before
         source.copy(ring + free_stage * stage_bytes, pages, chunk + (stages - 1) * warps);
         source.find(pages, chunk + stages * warps);
+        if (newest && chunk == (length - 1) / chunk_tokens) {
+            put_newest(ring + stage * stage_bytes, (length - 1) % chunk_tokens);
+            __syncwarp();
+        }
         attend(state, ring + stage * stage_bytes, queries, bias, chunk * chunk_tokens, range);
         free_stage = stage;
         stage = stage + 1 == stages ? 0 : stage + 1;

@@ -1,10 +1,11 @@
 """Attention on a paged, quantized cache: append new tokens, decode one token per sequence, prefill many.
 
-Three torch operators (`atom::kv_append`, `atom::attention_decode`, `atom::attention_prefill`), so that torch.compile
-and CUDA graphs can hold them. Where no kernel serves (`why_not`), the reference runs.
+Torch operators (`atom::kv_append`, `atom::attention_decode`, the two in one `atom::attention_append_decode`,
+`atom::attention_prefill`), so that torch.compile and CUDA graphs can hold them. Where no kernel serves (`why_not`), the reference runs.
 """
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,20 +40,7 @@ def append(
     Raises UnsupportedError for shapes or dtypes that don't fit each other.
     """
     _check(query, pool, fmt)
-    tokens, head_dim, kv_heads = query.shape[0], fmt.head_dim, pool.shape[1]
-    for name, tensor in (("key", key), ("value", value)):
-        if tensor.shape != (tokens, kv_heads, head_dim) or tensor.dtype != query.dtype:
-            raise UnsupportedError(
-                f"The {name} is {tensor.dtype} {tuple(tensor.shape)}; the queries and the pool need "
-                f"{query.dtype} {(tokens, kv_heads, head_dim)}."
-            )
-    for name, tensor in (("cos", cos), ("sin", sin)):
-        if tensor.shape != (tokens, head_dim // 2) or tensor.dtype != torch.float32:
-            raise UnsupportedError(f"{name} must be fp32 {(tokens, head_dim // 2)}, not {tuple(tensor.shape)}.")
-    if slots.shape != (tokens,) or slots.dtype != torch.int64 or not slots.is_contiguous():
-        raise UnsupportedError(f"Slots must be int64 ({tokens},), not {slots.dtype} {tuple(slots.shape)}.")
-    if center is not None and (center.shape != (kv_heads, head_dim) or center.dtype != torch.float32):
-        raise UnsupportedError(f"The center must be fp32 {(kv_heads, head_dim)}, not {tuple(center.shape)}.")
+    _check_new(query, pool, fmt, key, value, cos, sin, slots, center)
     rotated = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     torch.ops.atom.kv_append(
         pool, fmt.element, fmt.page, query, key, value, cos, sin, slots, hadamard, rotate_keys, center, rotated
@@ -97,6 +85,43 @@ def decode(
     torch.ops.atom.attention_decode(
         query, pool, fmt.element, fmt.page, page_table, lengths, scaling, window, key_bias, value_bias, cos, sin,
         hadamard, keys_rotated, settled, out,
+    )  # fmt: skip
+    return out
+
+
+def append_and_decode(
+    pool: Tensor,
+    fmt: PageFormat,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    scaling: float,
+    window: int | None = None,
+    value_bias: Tensor | None = None,
+    *,
+    hadamard: bool = False,
+    center: Tensor | None = None,
+    settled: bool = False,
+) -> Tensor:
+    """`append` of one token per sequence and `decode` over it and what is cached, in one kernel; (B, Hq, D).
+
+    The same arguments and the same numbers; a slot is that of its sequence's last key, lengths[b] - 1, or the sequence
+    is idle. For keys that are cached after RoPE, and no key biases.
+    """
+    _check(query, pool, fmt)
+    _check_new(query, pool, fmt, key, value, cos, sin, slots, center)
+    _check_sequences(query, None, page_table, lengths, None, value_bias, None, True)
+    if len(lengths) != len(query):
+        raise UnsupportedError(f"{len(query)} queries need as many lengths, not {len(lengths)}.")
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    torch.ops.atom.attention_append_decode(
+        pool, fmt.element, fmt.page, query, key, value, cos, sin, slots, center, page_table, lengths, scaling, window,
+        value_bias, hadamard, settled, out,
     )  # fmt: skip
     return out
 
@@ -158,6 +183,33 @@ def _check(query: Tensor, pool: Tensor, fmt: PageFormat) -> None:
         raise UnsupportedError(f"A pool is contiguous uint8 (pages, heads, {fmt.bytes}), not {tuple(pool.shape)}.")
     if query.shape[1] % pool.shape[1]:
         raise UnsupportedError(f"{query.shape[1]} query heads can't share {pool.shape[1]} KV heads evenly.")
+
+
+def _check_new(
+    query: Tensor,
+    pool: Tensor,
+    fmt: PageFormat,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor,
+    center: Tensor | None,
+) -> None:
+    tokens, head_dim, kv_heads = query.shape[0], fmt.head_dim, pool.shape[1]
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.shape != (tokens, kv_heads, head_dim) or tensor.dtype != query.dtype:
+            raise UnsupportedError(
+                f"The {name} is {tensor.dtype} {tuple(tensor.shape)}; the queries and the pool need "
+                f"{query.dtype} {(tokens, kv_heads, head_dim)}."
+            )
+    for name, tensor in (("cos", cos), ("sin", sin)):
+        if tensor.shape != (tokens, head_dim // 2) or tensor.dtype != torch.float32:
+            raise UnsupportedError(f"{name} must be fp32 {(tokens, head_dim // 2)}, not {tuple(tensor.shape)}.")
+    if slots.shape != (tokens,) or slots.dtype != torch.int64 or not slots.is_contiguous():
+        raise UnsupportedError(f"Slots must be int64 ({tokens},), not {slots.dtype} {tuple(slots.shape)}.")
+    if center is not None and (center.shape != (kv_heads, head_dim) or center.dtype != torch.float32):
+        raise UnsupportedError(f"The center must be fp32 {(kv_heads, head_dim)}, not {tuple(center.shape)}.")
 
 
 def _check_sequences(
@@ -230,13 +282,9 @@ def _decode(
     if not len(query):
         return
     if why_not(fmt, device, query.dtype, keys_rotated, query.shape[1] // pool.shape[1]) is None:
-        arch = compiler.architecture(device)
         attention_launch.launch_decode(
             attention_launch.load_on(device), query, pool, fmt, page_table, lengths, scaling, window,
-            attention_launch.Biases(key_bias, value_bias, cos, sin, hadamard), out,
-            processors=compiler.multiprocessors(device),
-            shared_limit=attention_launch.SHARED_LIMITS[arch],
-            clusters=False, settled=settled,
+            attention_launch.Biases(key_bias, value_bias, cos, sin, hadamard), out, settled=settled, **_card(device),
         )  # fmt: skip
         return
     rope = None if cos is None or sin is None else (cos, sin)
@@ -245,6 +293,39 @@ def _decode(
         query, pool, fmt, page_table, starts, lengths, scaling, window, key_bias, value_bias, rope, hadamard,
         keys_rotated, out,
     )  # fmt: skip
+
+
+def _append_decode(
+    pool: Tensor, element: str, page: int, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor,
+    slots: Tensor, center: Tensor | None, page_table: Tensor, lengths: Tensor, scaling: float, window: int | None,
+    value_bias: Tensor | None, hadamard: bool, settled: bool, out: Tensor,
+) -> None:  # fmt: skip
+    fmt, device = _format(element, query.shape[2], page), query.device
+    if not len(query):
+        return
+    if why_not(fmt, device, query.dtype, True, query.shape[1] // pool.shape[1]) is None:
+        attention_launch.launch_decode(
+            attention_launch.load_on(device), query, pool, fmt, page_table, lengths, scaling, window,
+            attention_launch.Biases(value=value_bias), out, settled=settled, **_card(device),
+            appended=attention_launch.Appended(key, value, cos.contiguous(), sin.contiguous(), slots, center, hadamard),
+        )  # fmt: skip
+        return
+    rotated = reference.append(pool, fmt, query, key, value, cos, sin, slots, hadamard, True, center)
+    starts = torch.arange(len(lengths) + 1)
+    reference.attend(
+        rotated, pool, fmt, page_table, starts, lengths, scaling, window, None, value_bias, None, hadamard, True, out
+    )
+
+
+@cache
+def _card(device: torch.device) -> dict[str, Any]:
+    """What the decode kernel's launch asks of a card."""
+    arch = compiler.architecture(device)
+    return {
+        "processors": compiler.multiprocessors(device),
+        "shared_limit": attention_launch.SHARED_LIMITS[arch],
+        "clusters": False,
+    }
 
 
 def _prefill(
@@ -293,6 +374,11 @@ _library.define(
     "Tensor slots, bool hadamard, bool rotate_keys, Tensor? center, Tensor(b!) rotated) -> ()"
 )
 _library.define(
+    "attention_append_decode(Tensor(a!) pool, str element, int page, Tensor query, Tensor key, Tensor value, "
+    "Tensor cos, Tensor sin, Tensor slots, Tensor? center, Tensor page_table, Tensor lengths, float scaling, int? window, "
+    "Tensor? value_bias, bool hadamard, bool settled, Tensor(b!) out) -> ()"
+)
+_library.define(
     "attention_decode(Tensor query, Tensor pool, str element, int page, Tensor page_table, "
     + _SEQUENCES.replace("Tensor(a!) out", "bool settled, Tensor(a!) out")
 )
@@ -300,7 +386,12 @@ _library.define(
     "attention_prefill(Tensor query, Tensor pool, str element, int page, Tensor page_table, Tensor query_starts, "
     + _SEQUENCES
 )
-for _name, _function in (("kv_append", _append), ("attention_decode", _decode), ("attention_prefill", _prefill)):
+for _name, _function in (
+    ("kv_append", _append),
+    ("attention_append_decode", _append_decode),
+    ("attention_decode", _decode),
+    ("attention_prefill", _prefill),
+):
     _library.impl(_name, _function, "CPU")
     _library.impl(_name, _function, "CUDA")
     torch.library.register_fake(f"atom::{_name}", _nothing, lib=_library)

@@ -92,6 +92,22 @@ class Biases(NamedTuple):
 NO_BIASES = Biases()
 
 
+class Appended(NamedTuple):
+    """The newest token of each of B sequences, as the projections leave it: what `launch_append` takes besides queries.
+
+    key, value (B, kv_heads, head_dim); cos, sin fp32 (B, head_dim / 2); slots int64 (B,); center fp32 (kv_heads,
+    head_dim) or None.
+    """
+
+    key: Tensor
+    value: Tensor
+    cos: Tensor
+    sin: Tensor
+    slots: Tensor
+    center: Tensor | None
+    hadamard: bool
+
+
 class DecodePlan(NamedTuple):
     """One compiled decode kernel: its defines, warps and query heads of a block, shared memory, blocks of an SM."""
 
@@ -112,6 +128,7 @@ def plan_decode(
     settled: bool = False,
     warps: int = WARPS,
     chunk: int | None = None,
+    appended: Appended | None = None,
 ) -> DecodePlan:
     """The kernel for `group` query heads per KV head: 8 or 16 columns of an MMA, and a ring for each warp.
 
@@ -125,6 +142,8 @@ def plan_decode(
     queries = columns * fmt.head_dim * 2
     if biases.key is not None:
         queries += 2 * fmt.head_dim * ((2 + warps) * columns + chunk)
+    if appended is not None:
+        queries += -(-fmt.bytes_per_token // 128) * 128
     stage = warps * chunk * fmt.bytes_per_token
     stages = 1 + -(-IN_FLIGHT // (blocks * stage))
     while stages > 2 and queries + stages * stage > shared_limit:
@@ -144,8 +163,11 @@ def plan_decode(
         "CLUSTER": cluster,
         "INBOX": shared,
         "SETTLED": int(settled),
+        "APPENDS": int(appended is not None),
         **biases.defines,
     }
+    if appended is not None:
+        defines["HADAMARD"] = int(appended.hadamard)
     return DecodePlan(defines, warps, columns, shared + (columns + cluster - 1) * record * (cluster > 1), blocks)
 
 
@@ -173,23 +195,36 @@ def launch_decode(
     load: Loader, query: Tensor, pool: Tensor, fmt: PageFormat, page_table: Tensor, lengths: Tensor, scaling: float,
     window: int | None, biases: Biases, out: Tensor, *, processors: int, shared_limit: int, parts: Parts | None = None,
     clusters: bool = False, settled: bool = False, warps: int = WARPS, chunk: int | None = None,
+    appended: Appended | None = None,
 ) -> None:  # fmt: skip
-    """Enqueue the decode kernel; the number of parts depends on shapes alone, never on lengths."""
+    """Enqueue the decode kernel; the number of parts depends on shapes alone, never on lengths.
+
+    With `appended` queries are as projected, too, and the newest tokens enter the pages on the way.
+    """
     query = _dense_heads(query)
     (batch, heads, head_dim), kv_heads = query.shape, pool.shape[1]
-    plan = plan_decode(fmt, query.dtype, heads // kv_heads, shared_limit, biases, warps=warps, chunk=chunk)
+    plan = plan_decode(
+        fmt, query.dtype, heads // kv_heads, shared_limit, biases, warps=warps, chunk=chunk, appended=appended
+    )
     blocks, chunk = kv_heads * -(-heads // kv_heads // plan.columns), int(plan.defines["CHUNK"])
     if parts is None:
         chunks = -(-page_table.shape[1] * fmt.page // chunk)
         parts = parts_for(batch * blocks, chunks, processors * plan.blocks_per_processor, chunk, clusters, plan.warps)
     cluster = parts.most if clusters and parts.most <= CLUSTER else 1
-    plan = plan_decode(fmt, query.dtype, heads // kv_heads, shared_limit, biases, cluster, settled, warps, chunk)
+    plan = plan_decode(
+        fmt, query.dtype, heads // kv_heads, shared_limit, biases, cluster, settled, warps, chunk, appended
+    )
     floats = batch * blocks * parts.most * plan.columns * (head_dim + 4) if parts.most > cluster else 1
     partials, arrivals = scratch(query.device, floats, batch * blocks)
+    new: tuple[Tensor | int | None, ...] = (None, None, None, None, 0, 0)
+    if appended is not None:
+        key, value = _dense_heads(appended.key), _dense_heads(appended.value)
+        new = (key, value, appended.center, appended.slots, key.stride(0), value.stride(0))
+        biases = biases._replace(cos=appended.cos, sin=appended.sin)
     load(DECODE, plan.defines, plan.shared_bytes).launch(
         (blocks, parts.most, batch), plan.warps * 32, query, pool, page_table, lengths, *biases.arguments(), out,
         partials, arrivals, heads, kv_heads, page_table.stride(0), query.stride(0),
-        NO_WINDOW if window is None else window, parts.wanted, parts.longest, scaling * LOG2_E, overlap=True,
+        NO_WINDOW if window is None else window, parts.wanted, parts.longest, scaling * LOG2_E, *new, overlap=True,
     )  # fmt: skip
 
 

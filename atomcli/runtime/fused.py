@@ -216,10 +216,13 @@ class FusedBlock:
         query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv.split(self.qkv.sizes, dim=-1))
         query = query if self.q_norm is None else self.q_norm.heads(query)
         key = key if self.k_norm is None else self.k_norm.heads(key)
-        query = attention.append(
-            pool, self.format, query, key, value, step.cos, step.sin, step.slots, self.hadamard, self.keys_rotated,
-            self.key_center,
-        )  # fmt: skip
+        new = (query, key, value, step.cos, step.sin, step.slots)
+        if step.query_starts is None and self.keys_rotated and self.key_bias is None:
+            return attention.append_and_decode(
+                pool, self.format, *new, step.page_table, step.lengths, self.scaling, self.window, self.value_bias,
+                hadamard=self.hadamard, center=self.key_center, settled=True,
+            ).flatten(1)  # fmt: skip
+        query = attention.append(pool, self.format, *new, self.hadamard, self.keys_rotated, self.key_center)
         shared: dict[str, Any] = {
             "window": self.window,
             "key_bias": self.key_bias,

@@ -178,3 +178,59 @@ def test_what_no_kernel_serves_is_named() -> None:
     assert "float32" in str(launch.why_not(fmt, torch.float32))
     assert "RoPE" in str(launch.why_not(fmt, torch.bfloat16, keys_rotated=False))
     assert "71" in str(launch.why_not(fmt, torch.bfloat16, group=71))
+
+
+@emulates
+@pytest.mark.parametrize(
+    ("element", "lengths", "parts", "shape", "hadamard", "dtype"),
+    [
+        ("int4", [0, 1, 130, 64], (1, 99, 1), {"head_dim": 128, "page": 16}, True, torch.bfloat16),
+        (
+            "int4",
+            [300, 33, 64],
+            (3, 99, 3),
+            {"head_dim": 64, "page": 64, "heads": 20, "kv_heads": 2},
+            True,
+            torch.float16,
+        ),
+        ("fp8", [40, 17], (2, 99, 2), {"head_dim": 96, "page": 32, "heads": 7, "kv_heads": 1}, False, torch.bfloat16),
+        ("int8", [65], (1, 99, 1), {"head_dim": 256, "page": 32, "heads": 2, "kv_heads": 2}, True, torch.bfloat16),
+        (
+            "bf16",
+            [70, 0, 17],
+            (1, 99, 1),
+            {"head_dim": 64, "page": 64, "heads": 20, "kv_heads": 1},
+            False,
+            torch.bfloat16,
+        ),
+    ],
+)
+def test_a_token_that_is_appended_on_the_way(
+    element: Element,
+    lengths: list[int],
+    parts: tuple[int, int, int],
+    shape: dict[str, int],
+    hadamard: bool,
+    dtype: torch.dtype,
+) -> None:
+    """One kernel gives, bit for bit, what append and decode give one after the other."""
+    case = problem(element, lengths, dtype=dtype, **shape)
+    (batch, heads, head_dim), kv_heads, page = case.query.shape, case.pool.shape[1], case.fmt.page
+    merged = torch.randn(batch, heads + 2 * kv_heads, head_dim).to(dtype)
+    query, key, value = merged.split([heads, kv_heads, kv_heads], dim=1)
+    angles, center = torch.rand(batch, head_dim // 2) * 100, torch.randn(kv_heads, head_dim)
+    slots = torch.tensor([
+        int(case.page_table[b, (length - 1) // page]) * page + (length - 1) % page if length else -1
+        for b, length in enumerate(lengths)
+    ])  # fmt: skip
+    split, together = case.pool.clone(), case.pool.clone()
+    rotated, expected, out = (torch.full_like(case.query, float("nan")) for _ in range(3))
+    tables = angles.cos(), angles.sin(), slots
+    launch.launch_append(on_host, split, case.fmt, query, key, value, *tables, hadamard, True, center, rotated)
+    common = (case.fmt, case.page_table, case.lengths, SCALING, None, launch.NO_BIASES)
+    options = {"processors": 1, "shared_limit": LARGE, "parts": launch.Parts(*parts)}
+    launch.launch_decode(on_host, rotated, split, *common, expected, **options)
+    appended = launch.Appended(key, value, *tables, center, hadamard)
+    launch.launch_decode(on_host, query, together, *common, out, **options, appended=appended)
+    assert torch.equal(out, expected)
+    assert torch.equal(together, split)

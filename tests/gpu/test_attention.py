@@ -106,6 +106,36 @@ def test_append_is_the_reference_bit_for_bit(element: Element, head_dim: int, to
         assert torch.equal(on_card.cpu(), pools[0])
 
 
+@pytest.mark.parametrize("hadamard", [False, True])
+@pytest.mark.parametrize("element", ELEMENTS)
+def test_a_token_appended_on_the_way(element: Element, hadamard: bool) -> None:
+    """One kernel gives what append and decode give, bit for bit: sequences in one part, in clusters, in many parts."""
+    for lengths, head_dim, heads, kv_heads in (
+        ([1, 0, 64, 65, 700], 128, 32, 8),
+        ([1040], 64, 32, 32),
+        ([3000], 96, 10, 1),
+        ([300, 17] * 40, 256, 8, 4),
+    ):
+        case = problem(element, lengths, head_dim=head_dim, page=64, heads=heads, kv_heads=kv_heads)
+        page, table = case.fmt.page, case.page_table
+        merged = torch.randn(len(lengths), heads + 2 * kv_heads, head_dim, device=DEVICE).bfloat16()
+        new = merged.split([heads, kv_heads, kv_heads], dim=1)
+        angles = torch.rand(len(lengths), head_dim // 2, device=DEVICE) * 100
+        slots = torch.tensor(
+            [int(table[b, (n - 1) // page]) * page + (n - 1) % page if n else -1 for b, n in enumerate(lengths)]
+        ).to(DEVICE)
+        arguments = (*new, angles.cos(), angles.sin(), slots)
+        center = torch.randn(kv_heads, head_dim, device=DEVICE)
+        on_card = case.to(DEVICE)
+        apart, together = on_card.pool.clone(), on_card.pool.clone()
+        rest = (on_card.page_table, on_card.lengths, SCALING)
+        query = attention.append(apart, case.fmt, *arguments, hadamard, True, center)
+        expected = attention.decode(query, apart, case.fmt, *rest)
+        out = attention.append_and_decode(together, case.fmt, *arguments, *rest, hadamard=hadamard, center=center)
+        assert torch.equal(out, expected)
+        assert torch.equal(together, apart)
+
+
 def test_a_request_alone_and_in_a_full_batch() -> None:
     """Bit for bit, as long as both are cut into as many parts."""
     lengths = [random.Random(0).randint(1, 500) for _ in range(600)]

@@ -8,6 +8,9 @@
 // asynchronous copies; a lane multiplies the bytes it copied itself. Sums are integers, so that their order is free and the
 // result is the GEMM's to the last bit.
 //
+// GATED: the channels are those of a gate and of as many ups under it; a block owns the same slices of both, and what it puts
+// out is silu(gate) * up, rounded wherever the GEMM and the next layer's quantization would round.
+//
 // WEIGHT_BITS, STAGES (pieces in a warp's ring) and PREFETCH (pieces after those that go to L2 while the row is quantized)
 // come beside the parameters of quantize_rows.cuh.
 
@@ -35,6 +38,23 @@ struct Weights {
     INLINE int pieces() const { return body_pieces() + (outliers ? 2 : 0); }
 };
 
+// The slices of a block, numbered 0 ... count - 1; of a gate and its ups, the gate's come first.
+struct Slices {
+    int first, count, apart;  // `apart`: from a slice of the gate to that of its ups
+
+    INLINE Slices(int rows) {
+        const int all = (rows + slice_rows - 1) / slice_rows / (GATED + 1);
+        first = static_cast<int>(static_cast<long long>(all) * blockIdx.x / gridDim.x);
+        count = (static_cast<int>(static_cast<long long>(all) * (blockIdx.x + 1) / gridDim.x) - first) * (GATED + 1);
+        apart = all;
+    }
+
+    INLINE int operator[](int number) const {
+        const int of_gate = count / 2;
+        return GATED && number >= of_gate ? first + apart + number - of_gate : first + number;
+    }
+};
+
 // One warp's walk over the pieces of its block's slices: every warps-th of them.
 struct Walk {
     int slice, piece;
@@ -57,8 +77,8 @@ struct Walk {
 struct Source {
     const uint8 *run, *multipliers;
 
-    INLINE Source(const Weights& weights, const Walk& walk, int first_slice) {
-        const int slice = first_slice + walk.slice, group = slice / slices_of_group, part = slice % slices_of_group;
+    INLINE Source(const Weights& weights, const Walk& walk, const Slices& slices) {
+        const int slice = slices[walk.slice], group = slice / slices_of_group, part = slice % slices_of_group;
         const bool outliers = walk.at_outliers(weights);
         const int piece = outliers ? walk.piece - weights.body_pieces() : walk.piece;
         const bool nibbles = WEIGHT_BITS == 4 && !outliers;
@@ -69,9 +89,9 @@ struct Source {
     }
 };
 
-INLINE void copy_piece(uint8* stage, const Weights& weights, const Walk& walk, int first_slice, int slices) {
-    if (walk.slice < slices) {
-        const Source source(weights, walk, first_slice);
+INLINE void copy_piece(uint8* stage, const Weights& weights, const Walk& walk, const Slices& slices) {
+    if (walk.slice < slices.count) {
+        const Source source(weights, walk, slices);
         const int lane = threadIdx.x % 32;
         copy_async(stage + lane * 16, source.run);
         copy_async(stage + 512 + lane * 16, source.run + piece_runs);
@@ -81,10 +101,10 @@ INLINE void copy_piece(uint8* stage, const Weights& weights, const Walk& walk, i
 }
 
 // Into L2, the pieces from `walk` on.
-INLINE void fetch_pieces(const Weights& weights, Walk walk, int first_slice, int slices) {
+INLINE void fetch_pieces(const Weights& weights, Walk walk, const Slices& slices) {
 #pragma unroll 1
-    for (int i = 0; i < PREFETCH && walk.slice < slices; ++i, walk.advance(weights)) {
-        const Source source(weights, walk, first_slice);
+    for (int i = 0; i < PREFETCH && walk.slice < slices.count; ++i, walk.advance(weights)) {
+        const Source source(weights, walk, slices);
         prefetch_line(source.run);
         prefetch_line(source.run + piece_runs);
     }
@@ -149,7 +169,8 @@ INLINE void multiply_piece(int* sums, int* outlier_sums, const uint8* stage, con
 }
 
 // x, other, norm_weight, table and the numbers after `body`: those of quantize_activations, for its first token. total: x + other
-// of ADD_NORM. weights ... bias: those of the GEMM. output (rows,). `slices` fit into a block's threads.
+// of ADD_NORM. weights ... bias: those of the GEMM. output (rows,), or (rows / 2,) where GATED: rows are
+// whole slices then. A block's channels are as many as its threads at most.
 extern "C" __global__ void __launch_bounds__(THREADS)
 gemv(const Input* x, const Input* other, const Input* norm_weight, const Index* table, Input* total, const uint8* body_weights,
      const uint8* outlier_weights, const float* row_scale, const float* outlier_row_scale, const float* bias, Input* output, int rows,
@@ -159,49 +180,59 @@ gemv(const Input* x, const Input* other, const Input* norm_weight, const Index* 
     const Shape shape(channels, body);
     const Lane lane(shape, 0);
     const Weights weights = {body_weights, outlier_weights, shape.body_blocks};
-    const int all_slices = (rows + slice_rows - 1) / slice_rows;
-    const int first_slice = static_cast<long long>(all_slices) * blockIdx.x / gridDim.x;
-    const int slices = static_cast<long long>(all_slices) * (blockIdx.x + 1) / gridDim.x - first_slice;
+    const Slices slices(rows);
+    const int own_rows = slices.count * slice_rows;
 
     uint8* ring = shared_bytes + threadIdx.x / 32 * STAGES * piece_bytes;
     unsigned char* codes = shared_bytes + warps * STAGES * piece_bytes;
     int* sums = reinterpret_cast<int*>(codes + shape.blocks * BLOCK_K);
-    int* outlier_sums = sums + slices * slice_rows;
-    Shared* shared = reinterpret_cast<Shared*>(outlier_sums + slices * slice_rows);
+    int* outlier_sums = sums + own_rows;
+    Shared* shared = reinterpret_cast<Shared*>(outlier_sums + own_rows);
     float* token_scales = reinterpret_cast<float*>(shared + 1);  // the body's and the outliers'; 16 bytes, for what follows
     Input* staged = reinterpret_cast<Input*>(token_scales + 4);
 
     allow_next_kernel();
     const Ahead known(table, norm_weight, shape, lane);
-    const int row = first_slice * slice_rows + threadIdx.x;
-    const bool finishes = threadIdx.x < slices * slice_rows && row < rows;
+    const int row = slices[threadIdx.x / slice_rows] * slice_rows + threadIdx.x % slice_rows;
+    const bool finishes = threadIdx.x < own_rows && row < rows;
     const float scale = finishes ? row_scale[row] : 0.0f, outlier_scale = finishes && outlier_weights ? outlier_row_scale[row] : 0.0f;
     const float added = finishes && bias ? bias[row] : 0.0f;
     Walk ahead_of(weights), walk(weights);
 #pragma unroll
-    for (int stage = 0; stage < STAGES; ++stage, ahead_of.advance(weights)) copy_piece(ring + stage * piece_bytes, weights, ahead_of, first_slice, slices);
-    for (int i = threadIdx.x; i < 2 * slices * slice_rows; i += THREADS) sums[i] = 0;
+    for (int stage = 0; stage < STAGES; ++stage, ahead_of.advance(weights)) copy_piece(ring + stage * piece_bytes, weights, ahead_of, slices);
+    for (int i = threadIdx.x; i < 2 * own_rows; i += THREADS) sums[i] = 0;
 
     wait_for_previous_kernel();
     const Rows input = {x, other, norm_weight, total, nullptr, 0, 0, channels, 1, blockIdx.x == 0};
     stage_rows(staged, shared, input, known.first_weight, epsilon, unit_offset);
-    fetch_pieces(weights, ahead_of, first_slice, slices);
+    fetch_pieces(weights, ahead_of, slices);
     quantize_staged({codes, codes + shape.body_blocks * BLOCK_K, token_scales, token_scales + 1, nullptr, 1}, staged, shared, table, known, lane, shape,
                     {clip, token_factor, group_factor}, 0, {0, nullptr, unused});
     __syncthreads();
 
     int stage = 0;
 #pragma unroll 1
-    for (; walk.slice < slices; walk.advance(weights), ahead_of.advance(weights)) {
+    for (; walk.slice < slices.count; walk.advance(weights), ahead_of.advance(weights)) {
         copy_wait<STAGES - 1>();
         __syncwarp();  // one lane has copied the multipliers of all
         multiply_piece(sums, outlier_sums, ring + stage * piece_bytes, codes, weights, walk);
         __syncwarp();
-        copy_piece(ring + stage * piece_bytes, weights, ahead_of, first_slice, slices);
+        copy_piece(ring + stage * piece_bytes, weights, ahead_of, slices);
         stage = stage + 1 == STAGES ? 0 : stage + 1;
     }
     __syncthreads();
-    if (!finishes) return;
-    const float outliers = promote(outlier_sums[threadIdx.x], outlier_scale, token_scales[1], added);
-    output[row] = from_float<Input>(promote(sums[threadIdx.x], scale, token_scales[0], outlier_weights ? outliers : added));
+    float result = 0.0f;
+    if (finishes) {
+        const float outliers = promote(outlier_sums[threadIdx.x], outlier_scale, token_scales[1], added);
+        result = promote(sums[threadIdx.x], scale, token_scales[0], outlier_weights ? outliers : added);
+    }
+    if (GATED) {
+        float* results = reinterpret_cast<float*>(sums);  // in place of the sums that the same thread has read
+        if (threadIdx.x < own_rows) results[threadIdx.x] = rounded<Input>(result);
+        __syncthreads();
+        if (threadIdx.x < own_rows / 2)
+            output[row] = from_float<Input>(rounded<Input>(silu(results[threadIdx.x])) * results[threadIdx.x + own_rows / 2]);
+    } else if (finishes) {
+        output[row] = from_float<Input>(result);
+    }
 }

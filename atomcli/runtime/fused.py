@@ -176,6 +176,7 @@ class FusedBlock:
             self.down = Projection([block.mlp.down_proj], dtype)
             self.projections += [self.gate_up, self.down]
             self.activation = None if config.hidden_act in ("silu", "swish") else block.mlp.act_fn
+            self.gates_one_token = self.activation is None and self.gate_up.gates_one_token
             self.mlp = None  # its weights live on in the projections alone
 
     @property
@@ -205,6 +206,9 @@ class FusedBlock:
         if self.is_sparse:
             rows, residual = self.mlp_norm.rows(x, residual)
             return _experts(self.mlp, rows), residual
+        if len(x) == 1 and self.gates_one_token:
+            hidden, residual = self.gate_up.activated(x, residual, self.mlp_norm)
+            return self.down.plain(hidden), residual
         gate_up, residual = self.gate_up.normed(x, residual, self.mlp_norm)
         if self.activation is None:
             return self.down.gated(gate_up), residual

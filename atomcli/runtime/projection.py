@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from atomcli.formats.weights import stack_rows
-from atomcli.kernels import dispatch, quantize, reference, rowwise
+from atomcli.kernels import dispatch, gemv, quantize, reference, rowwise
 from atomcli.runtime.linear import QuantLinear, reads_alike
 
 Linear = nn.Linear | QuantLinear
@@ -81,6 +81,19 @@ class Projection:
         """Of silu(gate) * up, the two halves of gate_up (T, 2 K)."""
         gate, up = gate_up.chunk(2, dim=-1)
         return self._joined([operand.gated(gate, up) for operand in self._operands])
+
+    @property
+    def gates_one_token(self) -> bool:
+        """Whether these are a gate and ups that `activated` serves."""
+        kernels = [operand.one_token for operand in self._operands if isinstance(operand, _Quantized)]
+        whole = len(self._operands) == 1 and self._order == [0, 1] and self.sizes[0] == self.sizes[1]
+        return whole and kernels != [] and kernels[0] is not None and gemv.gates(sum(self.sizes))
+
+    def activated(self, x: Tensor, residual: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+        """silu(gate) * up of the norm of x + residual, both (1, K), by one kernel; also that sum."""
+        (operand,) = self._operands
+        assert isinstance(operand, _Quantized)
+        return operand.activated(x, residual, norm)
 
     def _joined(self, outputs: list[Tensor]) -> Tensor:
         joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
@@ -191,6 +204,11 @@ class _Quantized:
             x, norm.weight, norm.epsilon, self.scheme, self.layout, residual, want_normed=want, container=self.container
         )
         return self._multiply(operand, x), total, x if rows is None else rows
+
+    def activated(self, x: Tensor, residual: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+        assert self.one_token is not None
+        before: dict[str, Any] = {"norm_weight": norm.weight, "epsilon": norm.epsilon}
+        return self.one_token(x, prologue="add_norm", other=residual, gated=True, **before)
 
     def gated(self, gate: Tensor, up: Tensor) -> Tensor:
         if len(gate) == 1 and self.one_token is not None:

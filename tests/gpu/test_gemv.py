@@ -6,6 +6,7 @@ import torch
 from atomcli.benchmarks.systems import random_weight
 from atomcli.formats.scheme import SCHEMES
 from atomcli.kernels import gemm, gemv, layouts, quantize
+from tests.kernels.gemm_cases import relative_error
 from tests.kernels.quantize_cases import random_layout
 
 pytestmark = pytest.mark.gpu
@@ -52,3 +53,7 @@ def test_one_kernel_is_two(rows: int, channels: int, scheme: str, dtype: torch.d
             y, total = gemv.linear(x, weight, kind, layout, add_bias, prologue, second, weights, 1e-5)
             assert torch.equal(y, expected), prologue
             assert prologue != "add_norm" or torch.equal(total, results[5])
+        if gemv.gates(rows):
+            gated, _ = gemv.linear(x, weight, kind, layout, add_bias, prologue, second, weights, 1e-5, gated=True)
+            gate, up = expected.chunk(2, dim=-1)
+            assert relative_error(gated, torch.nn.functional.silu(gate) * up) < 1e-3

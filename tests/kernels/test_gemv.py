@@ -19,16 +19,17 @@ CPU = torch.device("cpu")
 
 @pytest.mark.skipif(COMPILER is None, reason="the emulator needs g++")
 @pytest.mark.parametrize(
-    ("scheme", "rows", "channels", "prologue"),
+    ("scheme", "rows", "channels", "prologue", "gated"),
     [
-        ("w4a8", 100, 580, "plain"),
-        ("w4a8", 320, 704, "add_norm"),
-        ("w8a8", 72, 384, "norm"),
-        ("w4a4", 129, 900, "silu_mul"),
+        ("w4a8", 100, 580, "plain", False),
+        ("w4a8", 320, 704, "add_norm", True),
+        ("w8a8", 72, 384, "norm", False),
+        ("w4a4", 129, 900, "silu_mul", False),
+        ("w8a8", 96, 384, "plain", True),
     ],
 )
-def test_one_token(scheme: str, rows: int, channels: int, prologue: Prologue) -> None:
-    """Blocks with one to three slices, ragged in both directions."""
+def test_one_token(scheme: str, rows: int, channels: int, prologue: Prologue, gated: bool) -> None:
+    """Blocks with one to eight slices, ragged in both directions."""
     torch.manual_seed(rows)
     kind = SCHEMES[scheme]
     hadamard = kind.transform == "hadamard"
@@ -38,14 +39,14 @@ def test_one_token(scheme: str, rows: int, channels: int, prologue: Prologue) ->
     quantized.unit.mul_(torch.rand(rows) + 0.5)
     x, other = torch.randn(2, 1, channels).bfloat16().unbind(0)
     norm_weight, bias = (torch.rand(channels) + 0.5).bfloat16(), torch.randn(rows)
-    y, total = gemv.outputs(x, prologue, rows)
+    y, total = gemv.outputs(x, prologue, rows, gated)
     y.fill_(float("nan"))
     kernel_layout = quantize.prepare_layout(layout, CPU)
     gemv.launch(
         lambda how: HostKernel(gemv.SOURCE, gemv.ENTRY, how.defines),
         x, other if prologue in ("add_norm", "silu_mul") else None, norm_weight if "norm" in prologue else None,
         kernel_layout.table, kernel_layout.body, kernel_layout.hadamard, prologue, kind.activations, 1e-5,
-        layouts.prepare_weight(quantized), bias, y, total, processors=3,
+        layouts.prepare_weight(quantized), bias, y, total, processors=3, gated=gated,
     )  # fmt: skip
     row = x + other if prologue == "add_norm" else x
     if prologue == "add_norm":
@@ -55,7 +56,10 @@ def test_one_token(scheme: str, rows: int, channels: int, prologue: Prologue) ->
     if prologue == "silu_mul":
         row = torch.nn.functional.silu(x) * other
     expected = reference.quantized_input(row, kind, layout).double() @ quantized.dequantize().double().T + bias
-    assert relative_error(y, expected) < 2e-3
+    if gated:
+        gate, up = expected.bfloat16().double().chunk(2, dim=-1)
+        expected = torch.nn.functional.silu(gate).bfloat16().double() * up
+    assert relative_error(y, expected) < (4e-3 if gated else 2e-3)
 
 
 @compiles

@@ -152,7 +152,7 @@ def test_tiles_compile_to_half_mmas_without_spills(name: str, tmp_path: Path) ->
 @pytest.mark.parametrize("rows", [64, 4096, 28672])
 def test_tiles_fit_into_shared_memory(tokens: int, rows: int) -> None:
     for group, scale in ((128, "MULTIPLIER"), (16, "FP16")):
-        tile = weight_gemm.tile_for(rows, tokens, 132, group, scale)  # type: ignore[arg-type]
+        tile = weight_gemm.tile_for(rows, 32, tokens, 132, group, scale)  # type: ignore[arg-type]
         assert tile.stages >= 2
         assert weight_gemm._shared_bytes(tile, group, scale) <= 227 << 10  # type: ignore[arg-type]
 

@@ -16,7 +16,7 @@ from atomcli.cli.together import meeting
 def calibrate(
     model: options.Model,
     *,
-    recipe: options.RecipeOption = "atom-w4a4",
+    recipe: options.RecipeOption = options.DEFAULT_RECIPE,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="DIR", help="Where to write (default: MODEL-calibration).")
     ] = None,

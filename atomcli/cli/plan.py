@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def plan(
     model: options.Model,
     *,
-    recipe: options.RecipeOption = "atom-w4a4",
+    recipe: options.RecipeOption = options.DEFAULT_RECIPE,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Save the plan for `atom quantize --plan`.")
     ] = None,
@@ -78,10 +78,9 @@ def plan(
         if resolved.select is not None:
             made = select(resolved, walk, found)
         else:
-            sizes = budget.sizes_of(walk, groups, resolved.transform_seed is not None)
-            made = budget.plan_of(
-                walk, groups, [0] * len(groups), sizes, found, budget.choose_cache(resolved, walk, found)
-            )
+            cache = budget.choose_cache(resolved, walk, found)
+            sizes = budget.sizes_of(walk, groups, resolved.transform_seed is not None, cache.formats)
+            made = budget.plan_of(walk, groups, [0] * len(groups), sizes, found, cache)
         prediction = dict(made.prediction or {})
         points = budget.frontier_of(resolved, walk, groups, found)
     if output is not None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def quantize(
     model: options.Model,
     *,
-    recipe: options.RecipeOption = "atom-w4a4",
+    recipe: options.RecipeOption = options.DEFAULT_RECIPE,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="OUT", help="Where to write (default: MODEL-RECIPE here).")
     ] = None,

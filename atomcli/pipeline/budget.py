@@ -47,8 +47,11 @@ class Point:
     kld: float
 
 
-def sizes_of(walk: Walk, groups: Sequence[Group], signs: bool) -> Sizes:
-    """What the candidates weigh: all stored tensors of their linears, with the signs of Hadamards or without."""
+def sizes_of(walk: Walk, groups: Sequence[Group], signs: bool, cache: Sequence[KVFormat]) -> Sizes:
+    """What the candidates weigh: all stored tensors of their linears, with the signs of Hadamards or without.
+
+    `cache` is that of each block: a centered one has a tensor of its own.
+    """
     config, item = walk.config, walk.source.dtype.itemsize
     shapes = [block_shapes(walk.family, config, index) for index in range(walk.blocks)]
     table = [
@@ -68,6 +71,8 @@ def sizes_of(walk: Walk, groups: Sequence[Group], signs: bool) -> Sizes:
         if (index, name) not in inside
     )
     rest += sum(math.prod(shape) for shape in outer_shapes(walk.family, config).values())
+    centered = sum(kv.centered and kv.element != "float" for kv in cache)
+    rest += centered * config.num_key_value_heads * head_dim(config)
     return Sizes(table, rest * item, parameters)
 
 
@@ -76,7 +81,7 @@ def plan_bytes(walk: Walk, groups: Sequence[Group], plan: Plan, signs: bool) -> 
     shown = [
         Group(g.index, g.name, g.sites, g.linears, {"": plan.schemes[full_name(g.index, g.linears[0])]}) for g in groups
     ]
-    sizes = sizes_of(walk, shown, signs)
+    sizes = sizes_of(walk, shown, signs, plan.cache)
     linears = sum(row[0] for row in sizes.table)
     return int(linears) + sizes.rest, sizes.bits_per_weight(linears)
 
@@ -94,7 +99,7 @@ def choose(recipe: Recipe, walk: Walk, groups: Sequence[Group], sensitivities: S
     """The best plan within the recipe's budget; UsageError naming the nearest budget when there is none."""
     assert recipe.select is not None
     losses = loss_table(groups, sensitivities)
-    sizes = sizes_of(walk, groups, recipe.transform_seed is not None)
+    sizes = _sizes(recipe, walk, groups)
     cache = choose_cache(recipe, walk, sensitivities)
     name, budget = recipe.select.budget
     rest = 0.0
@@ -190,7 +195,7 @@ def frontier_of(
     recipe: Recipe, walk: Walk, groups: Sequence[Group], sensitivities: Sensitivities, points: int = 12
 ) -> list[Point]:
     """The best plans over the whole range of sizes."""
-    sizes = sizes_of(walk, groups, recipe.transform_seed is not None)
+    sizes = _sizes(recipe, walk, groups)
     floor = choose_cache(recipe, walk, sensitivities).kld
     return [
         Point(sizes.bits_per_weight(best.cost), int(best.cost) + sizes.rest, best.loss + floor)
@@ -221,7 +226,7 @@ def _costs(recipe: Recipe, walk: Walk, groups: Sequence[Group]) -> tuple[Table, 
     name, budget = recipe.select.budget
     if name == "latency":
         return _latencies(recipe, walk, groups), budget, 0.0
-    sizes = sizes_of(walk, groups, recipe.transform_seed is not None)
+    sizes = _sizes(recipe, walk, groups)
     if name == "bits_per_weight":
         bits = [[8 * size / sizes.parameters for size in row] for row in sizes.table]
         return bits, budget, 0.0
@@ -242,6 +247,10 @@ def _refusal(recipe: Recipe, walk: Walk, groups: Sequence[Group], nearest: float
         f"the nearest budget that can is {shown:.{digits}f}{unit}",
         "Raise the budget, or add a smaller candidate" if name != "max_kld" else "Raise it, or add a better candidate",
     )
+
+
+def _sizes(recipe: Recipe, walk: Walk, groups: Sequence[Group]) -> Sizes:
+    return sizes_of(walk, groups, recipe.transform_seed is not None, uniform(recipe, walk).cache)
 
 
 def _linear_bytes(

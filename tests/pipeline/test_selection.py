@@ -90,7 +90,7 @@ def test_a_budget_is_met_and_used(budget, measured):
     plan = choose(budgeted(budget), walk, groups, found)
     cache = choose_cache(budgeted(budget), walk, found)
     uniforms = [
-        plan_of(walk, groups, [index] * len(groups), sizes_of(walk, groups, False), found, cache).prediction
+        plan_of(walk, groups, [index] * len(groups), sizes_of(walk, groups, False, cache.formats), found, cache).prediction
         for index in range(len(CANDIDATES))
     ]
     ((name, limit),) = budget.items()

@@ -97,6 +97,9 @@ def quantize_linear(block: nn.Module, name: str, linear: QuantLinear) -> None:
     """
     block.set_submodule(name, linear)
     parent, _, kind = name.rpartition(".")
+    experts = block.get_submodule(parent.rpartition(".")[0])
+    if isinstance(experts, Experts):
+        experts.changed()
     for kinds in _SHARED_INPUTS:
         if kind in kinds:
             share_inputs([block.get_submodule(f"{parent}.{other}") for other in kinds])

@@ -58,11 +58,15 @@ class Experts(nn.ModuleList):
         self._choice = self._choice or choose(list(self))
         return self._choice
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Experts":
+    def changed(self) -> None:
+        """A linear of an expert was put in the place of another: what runs them is decided anew."""
         self._choice = self._grouped = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Experts":
+        self.changed()
         super()._apply(fn, recurse)
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._choice = self._grouped = None
+        self.changed()
         super()._load_from_state_dict(*args, **kwargs)

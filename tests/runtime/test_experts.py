@@ -1,9 +1,16 @@
 """Experts as separate linears: the routing and the sums of transformers' fused ones."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from atomcli.algorithms.rounding import round_to_nearest
+from atomcli.formats.scheme import SCHEMES
+from atomcli.models.registry import describe
+from atomcli.runtime.decoder import quantize_linear, read_block
 from atomcli.runtime.experts import Experts
+from atomcli.runtime.linear import QuantLinear, input_layout
 from tests.helpers.tiny import random_parent
 
 
@@ -34,3 +41,18 @@ def test_an_expert_without_tokens_is_not_run() -> None:
     chosen = torch.tensor([[0, 1], [3, 0], [1, 3]])
     out = experts(torch.randn(3, 80), chosen, torch.full((3, 2), 0.5))
     assert torch.isfinite(out).all()
+
+
+def test_what_runs_experts_is_decided_anew_when_one_is_quantized() -> None:
+    """The statistics run a block before it is quantized; it must not keep to what served it then."""
+    _, source = random_parent("mixtral")
+    block, scheme = read_block(describe(source.config), 0, source), replace(SCHEMES["w8a8"], outliers=0)
+    experts = block.mlp.experts
+    assert experts.kernel_choice().reason == "some expert is not quantized"
+    for name, linear in list(block.named_modules()):
+        if ".experts." in name and isinstance(linear, torch.nn.Linear):
+            assert experts.kernel_choice().reason == "some expert is not quantized"
+            weight = round_to_nearest(linear.weight.data, torch.ones(linear.in_features), scheme, 1.0)
+            layout = input_layout(scheme, linear.in_features)
+            quantize_linear(block, name, QuantLinear.from_weight(weight, layout))
+    assert experts.kernel_choice().reason != "some expert is not quantized"

@@ -11,14 +11,12 @@
 // GATED: the channels are those of a gate and of as many ups under it; a block owns the same slices of both, and what it puts
 // out is silu(gate) * up, rounded wherever the GEMM and the next layer's quantization would round.
 //
-// WEIGHT_BITS, STAGES (pieces in a warp's ring) and PREFETCH (pieces after those that go to L2 while the row is quantized)
-// come beside the parameters of quantize_rows.cuh.
+// WEIGHT_BITS and STAGES (pieces in a warp's ring) come beside the parameters of quantize_rows.cuh.
 
 #include "quantize_rows.cuh"
 
 #include "dot.cuh"
 #include "mma_sync.cuh"
-#include "prefetch.cuh"
 #include "promote.cuh"
 #include "unpack.cuh"
 
@@ -98,16 +96,6 @@ INLINE void copy_piece(uint8* stage, const Weights& weights, const Walk& walk, c
         if (source.multipliers && lane == 0) copy_async(stage + 1024, source.multipliers);
     }
     copy_commit();  // an empty group too: groups are counted
-}
-
-// Into L2, the pieces from `walk` on.
-INLINE void fetch_pieces(const Weights& weights, Walk walk, const Slices& slices) {
-#pragma unroll 1
-    for (int i = 0; i < PREFETCH && walk.slice < slices.count; ++i, walk.advance(weights)) {
-        const Source source(weights, walk, slices);
-        prefetch_line(source.run);
-        prefetch_line(source.run + piece_runs);
-    }
 }
 
 // This lane's part of the sums of rows g and g + 8 of a slice.
@@ -205,7 +193,6 @@ gemv(const Input* x, const Input* other, const Input* norm_weight, const Index* 
     wait_for_previous_kernel();
     const Rows input = {x, other, norm_weight, total, nullptr, 0, 0, channels, 1, blockIdx.x == 0};
     stage_rows(staged, shared, input, known.first_weight, epsilon, unit_offset);
-    fetch_pieces(weights, ahead_of, slices);
     quantize_staged({codes, codes + shape.body_blocks * BLOCK_K, token_scales, token_scales + 1, nullptr, 1}, staged, shared, table, known, lane, shape,
                     {clip, token_factor, group_factor}, 0, {0, nullptr, unused});
     __syncthreads();

@@ -7,10 +7,3 @@ __device__ __forceinline__ void prefetch(const void* from, int bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 #endif
 }
-
-// The line that `from` lies in. By each thread.
-__device__ __forceinline__ void prefetch_line(const void* from) {
-#if defined(__CUDA_ARCH__)
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(from) : "memory");
-#endif
-}

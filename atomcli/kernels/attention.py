@@ -1,7 +1,8 @@
 """Attention on a paged, quantized cache: append new tokens, decode one token per sequence, prefill many.
 
 Torch operators (`atom::kv_append`, `atom::attention_decode`, the two in one `atom::attention_append_decode`,
-`atom::attention_prefill`), so that torch.compile and CUDA graphs can hold them. Where no kernel serves (`why_not`), the reference runs.
+`atom::attention_prefill`), so that torch.compile and CUDA graphs can hold them. Where no kernel serves (`why_not`), the
+reference runs.
 """
 
 from functools import cache
@@ -108,22 +109,35 @@ def append_and_decode(
     center: Tensor | None = None,
     settled: bool = False,
 ) -> Tensor:
-    """`append` of one token per sequence and `decode` over it and what is cached, in one kernel; (B, Hq, D).
+    """`append` of one token per sequence and `decode` over it and what is cached, (B, Hq, D).
 
-    The same arguments and the same numbers; a slot is that of its sequence's last key, lengths[b] - 1, or the sequence
-    is idle. For keys that are cached after RoPE, and no key biases.
+    Of few sequences in one kernel. The same arguments and the same numbers; a slot is that of its sequence's last key,
+    lengths[b] - 1, or the sequence is idle. For keys that are cached after RoPE, and no key biases.
     """
     _check(query, pool, fmt)
     _check_new(query, pool, fmt, key, value, cos, sin, slots, center)
     _check_sequences(query, None, page_table, lengths, None, value_bias, None, True)
     if len(lengths) != len(query):
         raise UnsupportedError(f"{len(query)} queries need as many lengths, not {len(lengths)}.")
+    if not _in_one_kernel(fmt, query, pool):
+        query = append(pool, fmt, query, key, value, cos, sin, slots, hadamard, True, center)
+        return decode(
+            query, pool, fmt, page_table, lengths, scaling, window, None, value_bias, hadamard=hadamard, settled=settled
+        )
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     torch.ops.atom.attention_append_decode(
         pool, fmt.element, fmt.page, query, key, value, cos, sin, slots, center, page_table, lengths, scaling, window,
         value_bias, hadamard, settled, out,
     )  # fmt: skip
     return out
+
+
+def _in_one_kernel(fmt: PageFormat, query: Tensor, pool: Tensor) -> bool:
+    """Whether it pays, on a card; the reference is the same either way."""
+    if not query.is_cuda:
+        return True
+    processors = compiler.multiprocessors(query.device)
+    return attention_launch.is_one_wave(fmt, len(query), query.shape[1], pool.shape[1], processors)
 
 
 def prefill(
@@ -285,6 +299,7 @@ def _decode(
         attention_launch.launch_decode(
             attention_launch.load_on(device), query, pool, fmt, page_table, lengths, scaling, window,
             attention_launch.Biases(key_bias, value_bias, cos, sin, hadamard), out, settled=settled, **_card(device),
+            **_cluster(query, pool, page_table, page, key_bias),
         )  # fmt: skip
         return
     rope = None if cos is None or sin is None else (cos, sin)
@@ -307,6 +322,7 @@ def _append_decode(
         attention_launch.launch_decode(
             attention_launch.load_on(device), query, pool, fmt, page_table, lengths, scaling, window,
             attention_launch.Biases(value=value_bias), out, settled=settled, **_card(device),
+            **_cluster(query, pool, page_table, page, None),
             appended=attention_launch.Appended(key, value, cos.contiguous(), sin.contiguous(), slots, center, hadamard),
         )  # fmt: skip
         return
@@ -324,8 +340,15 @@ def _card(device: torch.device) -> dict[str, Any]:
     return {
         "processors": compiler.multiprocessors(device),
         "shared_limit": attention_launch.SHARED_LIMITS[arch],
-        "clusters": False,
     }
+
+
+def _cluster(query: Tensor, pool: Tensor, page_table: Tensor, page: int, key_bias: Tensor | None) -> dict[str, Any]:
+    """What makes a cluster of a sequence's parts, where that is quicker (so far: on the card where it was measured)."""
+    heads, kv_heads = query.shape[1], pool.shape[1]
+    if key_bias is not None or heads > 8 * kv_heads or compiler.architecture(query.device) != "90a":
+        return {}
+    return attention_launch.in_cluster(len(query), kv_heads, page_table.shape[1] * page)
 
 
 def _prefill(
@@ -375,8 +398,8 @@ _library.define(
 )
 _library.define(
     "attention_append_decode(Tensor(a!) pool, str element, int page, Tensor query, Tensor key, Tensor value, "
-    "Tensor cos, Tensor sin, Tensor slots, Tensor? center, Tensor page_table, Tensor lengths, float scaling, int? window, "
-    "Tensor? value_bias, bool hadamard, bool settled, Tensor(b!) out) -> ()"
+    "Tensor cos, Tensor sin, Tensor slots, Tensor? center, Tensor page_table, Tensor lengths, float scaling, "
+    "int? window, Tensor? value_bias, bool hadamard, bool settled, Tensor(b!) out) -> ()"
 )
 _library.define(
     "attention_decode(Tensor query, Tensor pool, str element, int page, Tensor page_table, "

@@ -2,26 +2,32 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from atomcli.checkpoint.source import open_source
+from atomcli.algorithms.rounding import round_to_nearest
+from atomcli.checkpoint.source import Source, open_source
 from atomcli.errors import RunError
 from atomcli.formats.scheme import SCHEMES, KVFormat
 from atomcli.kernels import attention, dispatch
+from atomcli.models.registry import describe
 from atomcli.runtime import decoder
 from atomcli.runtime.decoding import DecodeRows, ladder
 from atomcli.runtime.fused import FusedModel
+from atomcli.runtime.linear import QuantLinear, input_layout
 from atomcli.runtime.pages import Pages
 from atomcli.runtime.prompts import Piece, PromptRows
 from tests.helpers.fused import fused_logits
-from tests.helpers.tiny import write_checkpoint
+from tests.helpers.tiny import random_layout_tensors
 
 pytestmark = pytest.mark.gpu
 
 ROWS, PROMPT, NEW = 128, 64, 512
 CHECKED = 4  # rows of a batch that the reference reads
+DEVICE = torch.device("cuda", 0)
 
 
 @pytest.fixture(autouse=True)
@@ -30,29 +36,41 @@ def cache() -> None:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """W4A8 with outliers and Hadamard, rounded to nearest, over a 4-bit cache."""
+def source() -> Source:
+    """From the user's own cache."""
     try:
-        source = open_source("demo")
+        return open_source("demo")
     except RunError as error:
         pytest.skip(f"the demo model can't be fetched: {error}")
-    directory = tmp_path_factory.mktemp("demo") / "w4a8"
-    write_checkpoint(directory, source, SCHEMES["w4a8"], KVFormat("int4", hadamard=True))
-    return directory
 
 
-@pytest.fixture
-def reference(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FusedModel]:
-    """The same model on the card without our kernels."""
-    with monkeypatch.context() as patch:
-        patch.setattr(dispatch, "choose", lambda *_: dispatch.Choice(None, "the test wants the reference"))
-        yield FusedModel.of(decoder.load_checkpoint(checkpoint).cuda(), PROMPT + NEW + 64)
+def blocks(source: Source) -> Iterator[nn.Module]:
+    """The model's blocks on the card, in W4A8 with outliers and Hadamard, rounded to nearest, over a 4-bit cache."""
+    scheme, family = SCHEMES["w4a8"], describe(source.config)
+    for index in range(source.config.num_hidden_layers):
+        block: Any = decoder.read_block(family, index, source, KVFormat("int4", hadamard=True)).to(DEVICE)
+        for number, site in enumerate(family.sites(source.config, index)):
+            for name in site.of_expert(0):
+                linear = block.get_submodule(name)
+                permutation, signs = random_layout_tensors(scheme, linear.in_features, number)
+                assert signs is not None
+                layout = input_layout(scheme, linear.in_features, permutation.to(DEVICE), signs.to(DEVICE))
+                energies = torch.ones(linear.in_features, device=DEVICE)
+                weight = round_to_nearest(layout.apply(linear.weight.float()), energies, scheme, 1.0)
+                decoder.quantize_linear(block, name, QuantLinear.from_weight(weight, layout, linear.bias))
+        yield block
 
 
-def prompts() -> torch.Tensor:
+def loaded(source: Source) -> FusedModel:
+    """The model in the fused runtime."""
+    outer = decoder.read_outer(describe(source.config), source).to(DEVICE)
+    return FusedModel(outer, blocks(source), PROMPT + NEW + 64)
+
+
+def prompts(source: Source) -> torch.Tensor:
     """(ROWS, PROMPT) tokens of the manual."""
     manual = "".join(path.read_text() for path in sorted((Path(__file__).parents[2] / "docs").glob("*.md")))
-    ids = open_source("demo").tokenizer()(manual, verbose=False)["input_ids"]
+    ids = source.tokenizer()(manual, verbose=False)["input_ids"]
     return torch.tensor(ids[: ROWS * PROMPT]).view(ROWS, PROMPT)
 
 
@@ -64,12 +82,14 @@ def without_kernels(model: FusedModel, tokens: torch.Tensor, patch: pytest.Monke
 
 
 @torch.inference_mode()
-def test_tokens_are_those_of_the_reference(
-    checkpoint: Path, reference: FusedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = FusedModel.of(decoder.load_checkpoint(checkpoint).cuda(), PROMPT + NEW + 64)
+def test_tokens_are_those_of_the_reference(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(dispatch, "choose", lambda *_: dispatch.Choice(None, "the test wants the reference"))
+        reference = loaded(source)
+    model = loaded(source)
+    assert set(reference.kernels) == {"reference"}
     assert model.capturable
-    asked = prompts()
+    asked = prompts(source)
     width = -(-(PROMPT + NEW) // model.format.page)
     pages, pools = Pages(ROWS * width, model.format.page), model.new_pools(ROWS * width)
     held: list[list[int]] = [[] for _ in range(ROWS)]

@@ -7,6 +7,7 @@
 using Number = INPUT;                // bf16 or fp16
 constexpr int chunks = CHUNKS;       // 16-byte chunks of a row that a thread keeps
 constexpr bool has_residual = RESIDUAL;
+constexpr bool weight_ahead = chunks <= 2;  // of longer rows registers hold the numbers alone
 constexpr int width = 8;             // numbers in a chunk
 constexpr unsigned all_lanes = 0xFFFFFFFFu;
 
@@ -26,15 +27,16 @@ __device__ __forceinline__ float sum_over_block(float value) {
 }
 
 // One block per row; row r is part r % parts of row r / parts of the input, whose rows lie `stride` numbers apart.
-extern "C" __global__ void add_norm(const Number* x, const Number* residual, const Number* weight, Number* total, Number* normed,
+extern "C" __global__ void __launch_bounds__(1024, 1) add_norm(const Number* x, const Number* residual, const Number* weight, Number* total, Number* normed,
                                     int channels, int parts, int stride, float epsilon) {
   const int row_chunks = channels / width;
   const Number* source = x + (long long)(blockIdx.x / parts) * stride + (blockIdx.x % parts) * channels;
   const long long start = (long long)blockIdx.x * channels;
-  Chunk weights[chunks], rows[chunks];
+  Chunk weights[weight_ahead ? chunks : 1], rows[chunks];
+#pragma unroll
   for (int i = 0; i < chunks; i++) {
     const int chunk = threadIdx.x + i * blockDim.x;
-    if (chunk < row_chunks) weights[i] = reinterpret_cast<const Chunk*>(weight)[chunk];
+    if (weight_ahead && chunk < row_chunks) weights[i] = reinterpret_cast<const Chunk*>(weight)[chunk];
   }
   allow_next_kernel();
   wait_for_previous_kernel();
@@ -56,9 +58,10 @@ extern "C" __global__ void add_norm(const Number* x, const Number* residual, con
   for (int i = 0; i < chunks; i++) {
     const int chunk = threadIdx.x + i * blockDim.x;
     if (chunk >= row_chunks) continue;
+    const Chunk scales = weight_ahead ? weights[weight_ahead ? i : 0] : reinterpret_cast<const Chunk*>(weight)[chunk];
     for (int j = 0; j < width; j++) {
       const float value = rounded<Number>(to_float(rows[i].values[j]) * inverse);
-      rows[i].values[j] = from_float<Number>(value * to_float(weights[i].values[j]));
+      rows[i].values[j] = from_float<Number>(value * to_float(scales.values[j]));
     }
     reinterpret_cast<Chunk*>(normed + start)[chunk] = rows[i];
   }

@@ -149,7 +149,7 @@ class AtomLinearMethod(LinearMethodBase):
         if key in self.config.loaded_shapes:
             return
         self.config.loaded_shapes.add(key)
-        for tokens in {min(bucket, most) for bucket in tune.BUCKETS}:
+        for tokens in {1, *(min(bucket, most) for bucket in tune.BUCKETS)}:
             run(torch.zeros(tokens, columns, dtype=self.config.dtype, device=layer.atom_handle.device))
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -34,9 +34,9 @@ def seen_when_loading(most_tokens: int, layers: list[tuple[int, int, str]]) -> l
 def test_every_bucket_of_tokens_runs_once_per_shape_and_scheme() -> None:
     layers = [(64, 32, "w4a8"), (64, 32, "w4a8"), (64, 32, "w8a8"), (64, 16, "w4a8")]
     inputs = seen_when_loading(1 << 20, layers)
-    assert sorted(inputs) == sorted((bucket, 64) for bucket in tune.BUCKETS for _ in range(3))
+    assert sorted(inputs) == sorted((tokens, 64) for tokens in (1, *tune.BUCKETS) for _ in range(3))
 
 
 def test_no_batch_is_larger_than_the_engines() -> None:
     inputs = seen_when_loading(100, [(64, 32, "w4a8")])
-    assert {tokens for tokens, _ in inputs} == {bucket for bucket in tune.BUCKETS if bucket < 100} | {100}
+    assert {tokens for tokens, _ in inputs} == {1, 100} | {bucket for bucket in tune.BUCKETS if bucket < 100}

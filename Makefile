@@ -8,6 +8,7 @@ STAMP := $(VENV)/.installed
 # One thread of torch in each of the two test processes, or they fight for the cores.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
+# Not the default, whose searched scales and sweeps want a GPU.
 DEMO_RECIPE := atom-w4a4
 # Fewer than the recipe's 128 and the evaluation's 20: on two cores each of them takes half a minute.
 DEMO_SAMPLES := 8

@@ -5,14 +5,15 @@ from pathlib import Path
 import pytest
 import yaml
 
+from atomcli.cli.options import DEFAULT_RECIPE
 from atomcli.errors import UsageError
 from atomcli.formats.scheme import ActivationFormat, KVFormat, Scheme, WeightFormat, scheme_named
 from atomcli.overrides import override
 from atomcli.recipe import load_recipe, parse_recipe, shipped_recipes, size_in_bytes
 
 SHIPPED = {
-    "atom-paper", "atom-w4a4", "rtn-w4a4", "atom-best", "atom-w4a8", "w8a8", "w4a16", "fp4", "mxfp4", "nvfp4",
-    "w4a16-plain", "w4a8-plain", "w4a4-plain", "nvfp4-plain", "mxfp4-plain",
+    "atom-paper", "atom-w4a4", "rtn-w4a4", "atom-best", "atom-w4a8", "atom-w4a8-o0", "w8a8", "w4a16", "fp4", "mxfp4",
+    "nvfp4", "w4a16-plain", "w4a8-plain", "w4a4-plain", "nvfp4-plain", "mxfp4-plain",
 }  # fmt: skip
 
 
@@ -33,9 +34,17 @@ def test_the_paper_recipe_is_the_papers():
     assert (recipe.weights.clip, recipe.weights.rounding) == (0.85, "gptq")
     kv = recipe.kv_cache.to_format()
     assert (kv.element, kv.position, kv.hadamard) == ("int4", "before_rope", False)
-    default = load_recipe("atom-w4a4")
-    assert default.scheme() == recipe.scheme()
-    assert default.kv_cache.to_format() == KVFormat("int4", "after_rope", True, True)
+    better_cache = load_recipe("atom-w4a4")
+    assert better_cache.scheme() == recipe.scheme()
+    assert better_cache.kv_cache.to_format() == KVFormat("int4", "after_rope", True, True)
+
+
+def test_recipes_with_a_4_bit_cache_rotate_and_center_their_keys():
+    """All but the paper's own and what is compared with it; the default is one of them."""
+    assert DEFAULT_RECIPE in SHIPPED
+    for name in SHIPPED - {"atom-paper", "atom-w4a4", "rtn-w4a4"}:
+        kv = load_recipe(name).kv_cache.to_format()
+        assert kv.element == "float" or kv == KVFormat("int4", "after_rope", True, True, True)
 
 
 def test_rules_first_match_wins():

@@ -62,7 +62,7 @@ def test_what_needs_a_trade_is_refused_with_the_options(atom, tiny_checkpoint, t
     assert outcome.code == 0, outcome.err
     document = json.loads(outcome.out)
     assert document["cost"]["export_from_checkpoint"] > 0
-    assert {each["what"] for each in document["traded"]} == {"outliers", "order", "activations", "cache"}
+    assert {each["what"] for each in document["traded"]} == {"outliers", "order", "transform", "cache"}
 
 
 def test_a_trade_that_there_is_not(atom, tiny_checkpoint, snapshot):

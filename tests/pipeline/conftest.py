@@ -38,7 +38,7 @@ def tokens() -> torch.Tensor:
 
 
 def small_recipe(**sections: Any) -> Recipe:
-    """The default recipe at the size of the tiny models: groups of 16, 16 outliers; `sections` override its keys."""
+    """atom-w4a4 at the size of the tiny models: groups of 16, 16 outliers; `sections` override its keys."""
     data: dict[str, Any] = {
         "name": "small",
         "weights": {"format": "int4", "group": 16, "rounding": "gptq", "clip": 0.85},

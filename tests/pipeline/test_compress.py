@@ -45,7 +45,7 @@ def test_every_family_ends_as_a_checkpoint_that_runs_as_the_road_did(family, par
     assert all(0 < row["error"] < 0.2 for row in report["layers"])
 
 
-RECIPES = ["atom-paper", "atom-best", "atom-w4a8", "rtn-w4a4", "w8a8", "w4a16", "fp4", "mxfp4", "nvfp4"]
+RECIPES = ["atom-paper", "atom-best", "atom-w4a8", "atom-w4a8-o0", "rtn-w4a4", "w8a8", "w4a16", "fp4", "mxfp4", "nvfp4"]
 
 
 @pytest.mark.parametrize("name", RECIPES)

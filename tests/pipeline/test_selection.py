@@ -89,9 +89,9 @@ def test_a_budget_is_met_and_used(budget, measured):
     walk, _, _, groups, found = measured()
     plan = choose(budgeted(budget), walk, groups, found)
     cache = choose_cache(budgeted(budget), walk, found)
+    sizes = sizes_of(walk, groups, False, cache.formats)
     uniforms = [
-        plan_of(walk, groups, [index] * len(groups), sizes_of(walk, groups, False, cache.formats), found, cache).prediction
-        for index in range(len(CANDIDATES))
+        plan_of(walk, groups, [index] * len(groups), sizes, found, cache).prediction for index in range(len(CANDIDATES))
     ]
     ((name, limit),) = budget.items()
     key = {"memory": "bytes", "max_kld": "kld"}.get(name, name)

@@ -35,6 +35,26 @@ INLINE uint32 transposed(uint32 matrix) {
     return result;
 }
 
+// (word & mask) | base in one instruction, which the compiler does not find where both are constants.
+INLINE uint32 masked_onto(uint32 word, uint32 mask, uint32 base) {
+    uint32 result;
+    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(result) : "r"(word), "r"(mask), "r"(base));
+    return result;
+}
+
+// a * b + c, and a * b, on pairs of fp16, rounded once.
+INLINE uint32 fma_half(uint32 a, uint32 b, uint32 c) {
+    uint32 result;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+    return result;
+}
+
+INLINE uint32 multiply_half(uint32 a, uint32 b) {
+    uint32 result;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+    return result;
+}
+
 INLINE float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

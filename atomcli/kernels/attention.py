@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from atomcli.errors import UnsupportedError
-from atomcli.kernels import attention_launch, compiler, dispatch
+from atomcli.kernels import attention_launch, compiler, dispatch, prefill_launch
 from atomcli.kernels import attention_reference as reference
 from atomcli.kernels.attention_reference import Rope
 from atomcli.kernels.pages import PageFormat
@@ -360,11 +360,14 @@ def _prefill(
     if not len(query):
         return
     if why_not(fmt, device, query.dtype, keys_rotated, query.shape[1] // pool.shape[1]) is None:
-        attention_launch.launch_prefill(
-            attention_launch.load_on(device), query, pool, fmt, page_table, query_starts, lengths, scaling, window,
-            attention_launch.Biases(key_bias, value_bias, cos, sin, hadamard), out,
-            shared_limit=attention_launch.SHARED_LIMITS[compiler.architecture(device)],
-        )  # fmt: skip
+        arch, biases = compiler.architecture(device), attention_launch.Biases(key_bias, value_bias, cos, sin, hadamard)
+        load, limit = attention_launch.load_on(device), attention_launch.SHARED_LIMITS[arch]
+        operands = (load, query, pool, fmt, page_table, query_starts, lengths, scaling, window, biases, out)
+        if prefill_launch.why_not(arch, query.shape[1] // pool.shape[1], biases, scaling) is None:
+            processors = compiler.multiprocessors(device)
+            prefill_launch.launch_warpgroups(*operands, processors=processors, shared_limit=limit)
+        else:
+            attention_launch.launch_prefill(*operands, shared_limit=limit)
         return
     rope = None if cos is None or sin is None else (cos, sin)
     reference.attend(

@@ -210,7 +210,7 @@ def launch_decode(
     `parts` of a `cluster` are as many. With `appended` queries are as projected, too, and the newest tokens enter the
     pages on the way.
     """
-    query = _dense_heads(query)
+    query = dense_heads(query)
     (batch, heads, head_dim), kv_heads = query.shape, pool.shape[1]
     plan = plan_decode(fmt, query.dtype, heads // kv_heads, shared_limit, biases, cluster, settled, chunk, appended)
     blocks, chunk = kv_heads * -(-heads // kv_heads // plan.columns), int(plan.defines["CHUNK"])
@@ -221,7 +221,7 @@ def launch_decode(
     partials, arrivals = scratch(query.device, floats, batch * blocks)
     new: tuple[Tensor | int | None, ...] = (None, None, None, None, 0, 0)
     if appended is not None:
-        key, value = _dense_heads(appended.key), _dense_heads(appended.value)
+        key, value = dense_heads(appended.key), dense_heads(appended.value)
         new = (key, value, appended.center, appended.slots, key.stride(0), value.stride(0))
         biases = biases._replace(cos=appended.cos, sin=appended.sin)
     load(DECODE, plan.defines, plan.shared_bytes).launch(
@@ -285,7 +285,7 @@ def launch_prefill(
     lengths: Tensor, scaling: float, window: int | None, biases: Biases, out: Tensor, *, shared_limit: int,
 ) -> None:  # fmt: skip
     """Enqueue the prefill kernel: a block for every `columns` queries of a sequence, as many as there could be."""
-    query = _dense_heads(query)
+    query = dense_heads(query)
     (tokens, heads, _), kv_heads, sequences = query.shape, pool.shape[1], len(lengths)
     plan = plan_prefill(fmt, query.dtype, shared_limit, biases)
     queries = plan.columns // (heads // kv_heads)
@@ -319,7 +319,7 @@ def launch_append(
 ) -> None:  # fmt: skip
     """Enqueue the append kernel: head_dim / 16 lanes for each head of each token."""
     (tokens, heads, head_dim), kv_heads = query.shape, pool.shape[1]
-    query, key, value = (_dense_heads(x) for x in (query, key, value))
+    query, key, value = (dense_heads(x) for x in (query, key, value))
     grid = (tokens, -(-(heads + 2 * kv_heads) // (WARPS * (512 // head_dim))))
     load(APPEND, append_defines(fmt, query.dtype, hadamard, rotate_keys), 0).launch(
         grid, WARPS * 32, pool, query, key, value, cos, sin, center, slots, rotated,
@@ -327,7 +327,7 @@ def launch_append(
     )  # fmt: skip
 
 
-def _dense_heads(x: Tensor) -> Tensor:
+def dense_heads(x: Tensor) -> Tensor:
     """x (tokens, heads, head_dim) whose heads lie one after the other, in pieces of 16 bytes that copies can take.
 
     Tokens may be apart, as in a merged product.

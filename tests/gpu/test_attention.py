@@ -36,6 +36,15 @@ def decoded(case: Problem, window: int | None = None, **biases: object) -> torch
     )  # fmt: skip
 
 
+def prefilled(case: Problem, window: int | None = None, **biases: object) -> torch.Tensor:
+    """What the kernel makes of the prompts of a problem that lies on the card; poisoned before."""
+    query = case.query.to(DEVICE)
+    out = torch.full_like(query, float("nan"))
+    return attention.prefill(
+        query, case.pool, case.fmt, case.page_table, case.starts, case.lengths, SCALING, window, out=out, **biases
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("element", ELEMENTS)
 def test_decode(element: Element, head_dim: int) -> None:
@@ -60,12 +69,66 @@ def test_prefill(element: Element, head_dim: int) -> None:
         case = problem(
             element, lengths, queries=queries, head_dim=head_dim, page=page, heads=heads, kv_heads=kv_heads
         )  # fmt: skip
-        on_card, query = case.to(DEVICE), case.query.to(DEVICE)
-        out = attention.prefill(
-            query, on_card.pool, case.fmt, on_card.page_table, on_card.starts, on_card.lengths, SCALING, window,
-            out=torch.full_like(query, float("nan")),
-        )  # fmt: skip
+        out = prefilled(case.to(DEVICE), window)
         assert relative_error(out, case.expected(SCALING, window)) < TOLERANCE
+
+
+@pytest.mark.parametrize("element", ELEMENTS)
+def test_long_prompts(element: Element) -> None:
+    """More work than the card has processors, and prompts that continue a prefix, alike every time."""
+    case = problem(
+        element, [2048, 1500, 700, 129], queries=[2048, 1000, 1, 128], head_dim=128, page=64, heads=24, kv_heads=6
+    )  # fmt: skip
+    on_card = case.to(DEVICE)
+    out = prefilled(on_card)
+    assert relative_error(out, case.expected(SCALING)) < TOLERANCE
+    assert all(torch.equal(prefilled(on_card), out) for _ in range(5))
+
+
+def test_a_prompt_alone_and_in_a_batch() -> None:
+    lengths = [random.Random(0).randint(1, 700) for _ in range(50)]
+    case = problem("int4", lengths, queries=lengths, head_dim=128, page=16, heads=8, kv_heads=8).to(DEVICE)
+    together = prefilled(case)
+    for row in (0, 7, 49):
+        own = slice(int(case.starts[row]), int(case.starts[row + 1]))
+        rows = slice(row, row + 1)
+        starts = case.starts[row : row + 2] - own.start
+        alone = Problem(
+            case.fmt, case.query[own], case.pool, case.page_table[rows], starts, case.lengths[rows], [], []
+        )  # fmt: skip
+        assert torch.equal(prefilled(alone), together[own])
+
+
+def test_a_graph_serves_other_prompts() -> None:
+    """Work is counted on the card: the counters come out clean every time."""
+    case = problem("int4", [700, 300, 9], queries=[600, 300, 9], head_dim=128, page=16, heads=8, kv_heads=2).to(DEVICE)
+    prefilled(case)
+    query = case.query.to(DEVICE)
+    out, graph = torch.empty_like(query), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(3):
+            attention.prefill(
+                query, case.pool, case.fmt, case.page_table, case.starts, case.lengths, SCALING, out=out
+            )  # fmt: skip
+    for counts in ([600, 300, 9], [1, 100, 1], [0, 0, 3]):
+        case.starts.copy_(torch.tensor([0, *counts]).cumsum(0))
+        out.fill_(float("nan"))
+        graph.replay()
+        used = sum(counts)
+        assert torch.equal(out[:used], prefilled(case)[:used])
+
+
+@pytest.mark.parametrize("hadamard", [False, True])
+def test_key_biases_come_back_in_prompts(hadamard: bool) -> None:
+    case = problem("int4", [300, 1, 75], queries=[200, 1, 75], head_dim=128, page=32, heads=7, kv_heads=1)
+    key_bias, value_bias = torch.randn(1, 128) * 3, torch.randn(1, 128)
+    cos, sin = rope_tables(300, 128)
+    turned = reference.rotate(key_bias.expand(300, 1, 128), cos, sin)
+    rope = (cos.to(DEVICE), sin.to(DEVICE))
+    biases = {"key_bias": key_bias.to(DEVICE), "value_bias": value_bias.to(DEVICE), "rope": rope, "hadamard": hadamard}
+    turned = reference.hadamard_heads(turned) if hadamard else turned
+    out = prefilled(case.to(DEVICE), **biases)
+    assert relative_error(out, case.expected(SCALING, None, turned, value_bias)) < TOLERANCE
 
 
 @pytest.mark.parametrize("hadamard", [False, True])

@@ -53,7 +53,7 @@ struct Fiber { ucontext_t context; std::vector<char> stack; bool done = false; }
 inline std::vector<Fiber> fibers;
 inline ucontext_t scheduler;
 inline unsigned current;
-inline Meeting block_meeting, warp_meetings[32];
+inline Meeting block_meeting, warp_meetings[32], named_meetings[16];
 inline uint64_t exchange[32][32];
 inline std::function<void()>* body;
 
@@ -101,6 +101,7 @@ inline void run_block(unsigned threads, std::function<void()>& function) {
   body = &function;
   block_meeting = {};
   for (auto& meeting : warp_meetings) meeting = {};
+  for (auto& meeting : named_meetings) meeting = {};
   fibers.resize(threads);
   for (unsigned i = 0; i < threads; i++) {
     Fiber& fiber = fibers[i];

@@ -45,6 +45,19 @@ INLINE uint32 transposed(uint32 matrix) {
     return element(column, row) | element(column + 1, row) << 16;
 }
 
+INLINE uint32 masked_onto(uint32 word, uint32 mask, uint32 base) { return word & mask | base; }
+
+INLINE uint32 fma_half(uint32 a, uint32 b, uint32 c) {
+    uint32 result = 0;
+    for (int half = 0; half < 2; ++half) {
+        const double exact = double(host::half_of<fp16>(a, half)) * host::half_of<fp16>(b, half) + host::half_of<fp16>(c, half);
+        result |= static_cast<uint32>(from_float<fp16>(static_cast<float>(exact)).bits) << (16 * half);
+    }
+    return result;
+}
+
+INLINE uint32 multiply_half(uint32 a, uint32 b) { return fma_half(a, b, 0); }
+
 INLINE float exp2_fast(float x) { return exp2f(x); }
 INLINE float log2_fast(float x) { return log2f(x); }
 

@@ -1,6 +1,6 @@
 """Tiles of the integer GEMM: the compile-time parameters of cuda/gemm_sm90a.cuh, and how tiles are dealt to a grid."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 
@@ -57,9 +57,8 @@ class Tile:
     def defines(self, output: torch.dtype, experts: int = 0) -> dict[str, int | str]:
         """What the source is compiled with; `experts` 0 for a single weight."""
         names = ("tokens", "row_groups", "k_groups", "stages", "stage_blocks", "cluster", "blocks_per_sm")
-        values = asdict(self)
         fragments = self.fragments or (2 if self.roomy or self.tokens <= 16 else 1)
-        parameters = {name.upper(): values[name] for name in names}
+        parameters = {name.upper(): getattr(self, name) for name in names}
         return parameters | {"FRAGMENTS": fragments, "EXPERTS": experts, "OUTPUT": OUTPUTS[output], "OVERLAP": int(self.overlap)}
 
 

@@ -114,10 +114,16 @@ def cut_windows(
     return tokens[: count * length].reshape(count, length)
 
 
-def evaluation_windows(data: str, tokenizer: Any, window: int = 2048, limit: int | None = None) -> "torch.Tensor":
-    """The windows to measure on, int64 (windows, window): held-out part, no overlap, tail dropped, first `limit`."""
+def evaluation_windows(
+    data: str, tokenizer: Any, window: int = 2048, limit: int | None = None, every: int = 1
+) -> "torch.Tensor":
+    """The windows to measure on, int64 (windows, window): held-out part, no overlap, tail dropped, first `limit`.
+
+    With `every` n only each n-th window counts, from the first on: a sample of the whole text.
+    """
     text = load_text(data, "held_out")
-    return cut_windows(tokenize(text, tokenizer), window, limit, text.name)
+    last = None if limit is None else (limit - 1) * every + 1
+    return cut_windows(tokenize(text, tokenizer), window, last, text.name)[::every].contiguous()
 
 
 def calibration_windows(data: str, tokenizer: Any, samples: int, sequence_length: int, seed: int) -> "torch.Tensor":

@@ -90,6 +90,10 @@ def test_a_file_is_read_as_it_is(tmp_path: Path) -> None:
         [ord(c) for c in "abcd"],
         [ord(c) for c in "efgh"],
     ]
+    thirds = evaluation_windows(str(path), CharacterTokenizer(), window=2, limit=2, every=3)
+    assert thirds.tolist() == [[ord(c) for c in "ab"], [ord(c) for c in "gh"]]
+    with pytest.raises(InputError, match="has 5 full windows of 2 tokens"):
+        evaluation_windows(str(path), CharacterTokenizer(), window=2, limit=3, every=3)
     assert calibration_windows(str(path), CharacterTokenizer(), samples=2, sequence_length=5, seed=0).shape == (2, 5)
 
 

@@ -47,6 +47,7 @@ PEERS = {
         Peer("gptqmodel", "gptq-w4a16", "W4A16"),
         Peer("llmcompressor", "gptq-w4a8", "W4A8"),
         Peer("llmcompressor", "spinquant-gptq-w4a8", "W4A8"),
+        Peer("llmcompressor", "quip-gptq-w4a8", "W4A8"),
         Peer("llmcompressor", "gptq-w4a4", "W4A4 INT"),
         Peer("llmcompressor", "spinquant-gptq-w4a4", "W4A4 INT"),
         Peer("llmcompressor", "quip-gptq-w4a4", "W4A4 INT"),

@@ -236,6 +236,7 @@ def accuracy(
     ] = None,
     data: evaluate.Data = "demo",
     windows: Annotated[int, typer.Option("--windows", min=1, help="How many windows of the text are measured.")] = 20,
+    every: Annotated[int, typer.Option("--every", min=1, help="Take every n-th window only, from the first on.")] = 1,
     window_length: evaluate.WindowLength = 2048,
     group: Annotated[int, typer.Option("--group", help="Channels that share a scale, ours and theirs.")] = 128,
     kv_cache: options.KVCache = None,
@@ -275,7 +276,7 @@ def accuracy(
         trial = Trial(
             source=source,
             calibration=calibration,
-            windows=evaluation_windows(data, source.tokenizer(), window_length, windows),
+            windows=evaluation_windows(data, source.tokenizer(), window_length, windows, every),
             out=output or options.default_output(model, "accuracy"),
             tasks=tuple(task or ()),
             limit=limit,

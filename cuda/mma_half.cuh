@@ -48,6 +48,9 @@ INLINE void fence_shared_for_mma() { asm volatile("fence.proxy.async.shared::cta
     }
 #define WGMMAS(NAME, TYPE)                                                                                                 \
     struct NAME {                                                                                                          \
+        WGMMA_REGISTERS(8, TYPE, "%0, %1, %2, %3", "{%4, %5, %6, %7}, %8", "%9", "%10", D4(0))                             \
+        WGMMA_REGISTERS(16, TYPE, "%0, %1, %2, %3, %4, %5, %6, %7", "{%8, %9, %10, %11}, %12", "%13", "%14", D4(0), D4(4)) \
+        WGMMA_REGISTERS(32, TYPE, P0, "{%16, %17, %18, %19}, %20", "%21", "%22", D16(0))                                    \
         WGMMA_REGISTERS(64, TYPE, P0 ", " P16, "{%32, %33, %34, %35}, %36", "%37", "%38", D16(0), D16(16))                 \
         WGMMA_REGISTERS(96, TYPE, P0 ", " P16 ", " P32, "{%48, %49, %50, %51}, %52", "%53", "%54", D16(0), D16(16), D16(32)) \
         WGMMA_REGISTERS(128, TYPE, P0 ", " P16 ", " P32 ", " P48, "{%64, %65, %66, %67}, %68", "%69", "%70", D64(0))       \

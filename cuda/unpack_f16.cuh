@@ -9,7 +9,8 @@ enum Scale { FP16, E5M2, E4M3, MULTIPLIER };
 constexpr Element element = ELEMENT;
 constexpr Scale scale = SCALE;
 
-// A 64x128 block of weights as one thread of a warpgroup holds it: the A operand of eight m64k16 instructions (mma_f16.cuh).
+// A 64x128 block of weights as one thread of a warpgroup holds it: the A operand of eight m64k16 instructions.
+// Warp w, lane l, g = l / 4, c = l % 4; register r of a step holds k = 2 c + 8 (r / 2) and the next one of row 16 w + g + 8 (r % 2).
 struct HalfFragment {
     uint32 step[8][4];
 };

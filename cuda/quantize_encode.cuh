@@ -95,13 +95,27 @@ __device__ __forceinline__ float power_scale(float absmax) {
   return absmax > 0.0f ? __uint_as_float((unsigned)max(exponent, 1) << 23) : 0.0f;
 }
 
-// The token's scale: of the codes (PER_TOKEN), of the integers (TWO_LEVEL), or the unit of the group scales (E4M3_GROUP).
+// Powers of two of a token's groups as e4m3 numbers: the token's largest is 2^6, so that 6 times it is one; what lies 14
+// octaves below it is exact, what lies deeper within 2^-18 of the token's largest value.
+constexpr int scaled_exponent = 12;  // of the largest power, counted from the first whose 0.5 is a normal number
+
+__device__ __forceinline__ float scaled_unit(unsigned largest_exponent) {
+  return __uint_as_float((max(largest_exponent, 7u) - 6u) << 23);  // the unit of codes, 2^6, at 2^6
+}
+__device__ __forceinline__ float scaled_power(unsigned exponent, float unit) {
+  int shifted = (int)exponent - (int)(__float_as_uint(unit) >> 23) - 6 + scaled_exponent + 127;
+  return shifted > 0 ? __uint_as_float((unsigned)shifted << 23) : 0.0f;
+}
+
+// The token's scale: of the codes (PER_TOKEN), of the integers (TWO_LEVEL), of the group scales (E4M3_GROUP), or of codes
+// that hold their group's scale (E8M0_GROUP).
 __device__ __forceinline__ float token_scale_of(float absmax, const Factors& factors) {
   switch (scales) {
     case PER_TOKEN:
     case TWO_LEVEL: return element == FLOAT ? power_scale(absmax) : __fmul_rn(absmax, factors.token);
     case TWO_LEVEL_ASYMMETRIC: return __fmul_rn(__fmul_rn(absmax, factors.clip), per_int8);
     case E4M3_GROUP: return __fmul_rn(__fmul_rn(absmax, factors.clip), per_e4m3_of_e2m1);
+    case E8M0_GROUP: return container == E4M3_SCALED ? scaled_unit(e8m0_code(__fmul_rn(absmax, factors.clip))) : 1.0f;
     default: return 1.0f;
   }
 }
@@ -149,7 +163,12 @@ __device__ __forceinline__ void encode_body(unsigned (&codes)[channels_per_lane]
     }
     float inverse = reciprocal_or_zero(scale);
 #pragma unroll
-    for (int i = 0; i < channels_per_lane; i++) codes[i] = code_of(__fmul_rn(values[i], inverse));
+    for (int i = 0; i < channels_per_lane; i++) {
+      float ratio = __fmul_rn(values[i], inverse);
+      if (container == E4M3_SCALED) codes[i] = e4m3_of_e2m1(e2m1_code(ratio), scaled_power(stored, token_scale));
+      else if (container == F16 && scales == E4M3_GROUP) codes[i] = half_of_e2m1(e2m1_code(ratio), e4m3_value(stored));
+      else codes[i] = code_of(ratio);
+    }
   }
 }
 

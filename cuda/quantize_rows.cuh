@@ -21,7 +21,8 @@
 enum Prologue { PLAIN, NORM, ADD_NORM, SILU_MUL };
 enum Scales { PER_TOKEN, FP16_GROUP, E8M0_GROUP, E4M3_GROUP, TWO_LEVEL, TWO_LEVEL_ASYMMETRIC };
 enum Element { INT4, INT8, E2M1, FLOAT };  // FLOAT is not quantized: fp16 times a power of two
-enum Container { S8, E4M3, NIBBLE, F16 };  // how a body code is stored: a signed byte, an e4m3 byte, half a byte, two bytes
+// How a body code is stored: a signed byte, an e4m3 byte, one with the power of two of its group, half a byte, two bytes.
+enum Container { S8, E4M3, E4M3_SCALED, NIBBLE, F16 };
 
 using Input = INPUT;      // float, fp16 or bf16
 using Index = INDEX;      // of a channel, sign in the top bit: unsigned short or unsigned
@@ -390,7 +391,7 @@ __device__ __forceinline__ void quantize_staged(const Operand& to, const Input* 
     }
   }
   constexpr int scale_bytes = container == E4M3 ? 4 : scales == FP16_GROUP ? 2 : 1;
-  constexpr bool has_group_scales = scales == FP16_GROUP || scales == E8M0_GROUP || scales == E4M3_GROUP;
+  constexpr bool has_group_scales = (scales == FP16_GROUP || scales == E8M0_GROUP || scales == E4M3_GROUP) && container != E4M3_SCALED && container != F16;
 #pragma unroll 1
   for (int pass = 0; pass < passes; pass++) {
 #pragma unroll

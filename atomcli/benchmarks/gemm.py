@@ -15,11 +15,12 @@ from torch import Tensor
 
 from atomcli.benchmarks.report import Measure, Row, measure
 from atomcli.errors import AtomError, UnsupportedError
+from atomcli.formats import grids
 from atomcli.formats.groups import group_count
 from atomcli.formats.layout import InputLayout
 from atomcli.formats.scheme import SCHEMES, Scheme
 from atomcli.formats.weights import QuantizedWeight
-from atomcli.kernels import dispatch, gemm, layouts, quantize, timing, tune, weight_gemm, weight_layouts
+from atomcli.kernels import dispatch, gemm, layouts, quantize, timing, tune
 from atomcli.kernels.tiles import Tile
 
 ROTATED_BYTES = 220_000_000  # more than any card's L2 holds
@@ -68,8 +69,7 @@ def run(
     cases = [(shape, tokens) for shape in shapes for tokens in batch_sizes]
     for done, ((out_features, in_features), tokens) in enumerate(cases):
         for name in schemes if tune_first else ():
-            if layouts.scheme_reason(SCHEMES[name]) is None:
-                tune_gemm(SCHEMES[name], out_features, in_features, tokens)
+            tune_gemm(SCHEMES[name], out_features, in_features, tokens)
         rows += _case(
             out_features, in_features, tokens, [_CUBLAS_BF16, *ours, *others], [c.name for c in ours], repeats
         )
@@ -149,7 +149,7 @@ def _ours(scheme: Scheme) -> list[Contender]:
     """The GEMM alone, and after what comes before it in a model."""
     scale_bits = 16 if scheme.weights.scale == "fp16" else 8
     stored = scheme.weights.grid.bits + (scale_bits / scheme.weights.group if scheme.weights.group else 0)
-    operand_bits = 16 if scheme.activations.element == "float" else 8
+    operand_bits = 16 if scheme.activations.element == "float" or scheme.activations.scale == "e4m3" else 8
 
     def contender(before: Before, suffix: str) -> Contender:
         def build(n: int, k: int, m: int, copies: int) -> list[Product]:
@@ -163,51 +163,50 @@ def _ours(scheme: Scheme) -> list[Contender]:
 def _products(
     scheme: Scheme, out_features: int, in_features: int, tokens: int, copies: int, before: Before
 ) -> list[Product]:
-    takes_floats = scheme.activations.element == "float"
-    reason = dispatch.choose(scheme, "cuda", in_features).reason or (
-        None if takes_floats else layouts.scheme_reason(scheme)
-    )
+    reason = dispatch.choose(scheme, "cuda", in_features).reason
     if reason:
         raise UnsupportedError(reason)
-    container: quantize.Container = "f16" if takes_floats else "s8"
-    layout = quantize.prepare_layout(_layout(scheme, in_features), "cuda")
+    layout = _layout(scheme, in_features)
+    products = [dispatch.prepare(_random_weight(scheme, out_features, in_features), layout) for _ in range(copies)]
+    first = products[0]
     x = torch.randn(tokens, in_features, device="cuda", dtype=torch.bfloat16)
     norm = torch.rand(in_features, device="cuda", dtype=torch.bfloat16)
-    operand = quantize.quantize(x, scheme, layout, container)
+    operand = first.quantize(x)
 
     def prepared() -> quantize.Operand:
         if before == "quantize":
-            return quantize.quantize(x, scheme, layout, container)
+            return first.quantize(x)
         if before == "norm and quantize":
-            return quantize.norm_quantize(x, norm, 1e-6, scheme, layout, container=container)[0]
+            return quantize.norm_quantize(x, norm, 1e-6, scheme, first.layout, container=first.container)[0]
         if before == "norm":
             torch.nn.functional.rms_norm(x, (in_features,), norm, 1e-6)
         return operand
 
-    if takes_floats:
-        scaled = [_random_scaled_weight(scheme, out_features, in_features) for _ in range(copies)]
-        return [lambda w=w: weight_gemm.linear(prepared(), w, tokens, torch.bfloat16) for w in scaled]  # type: ignore[misc]
-    weights = [_random_weight(scheme, out_features, in_features) for _ in range(copies)]
-    return [lambda weight=weight: gemm.linear(prepared(), weight, tokens, torch.bfloat16) for weight in weights]  # type: ignore[misc]
+    return [lambda p=p: p.multiply(prepared(), tokens, torch.bfloat16, None) for p in products]  # type: ignore[misc]
 
 
-def tune_gemm(scheme: Scheme, out_features: int, in_features: int, tokens: int) -> Tile:
-    """Measure which tile is fastest for a problem on this card, its input quantized before it, and keep the choice."""
+def tune_gemm(scheme: Scheme, out_features: int, in_features: int, tokens: int) -> Tile | None:
+    """Measure which tile is fastest for a problem on this card, its input quantized before it, and keep the choice.
+
+    None for schemes whose kernel takes its tiles by rule.
+    """
     device = torch.device("cuda", torch.cuda.current_device())
-    bits = scheme.weights.grid.bits
-    copies = max(2, int(ROTATED_BYTES / (out_features * in_features * bits / 8)) + 1)
-    weights = [_random_weight(scheme, out_features, in_features) for _ in range(copies)]
+    copies = max(2, int(ROTATED_BYTES / (out_features * in_features * scheme.weights.grid.bits / 8)) + 1)
+    repacked = [layouts.repack(_random_weight(scheme, out_features, in_features)) for _ in range(copies)]
+    weights = [weight for weight in repacked if weight is not None]
+    if not weights:
+        return None
+    product = dispatch.prepare(_random_weight(scheme, 128, in_features), _layout(scheme, in_features))
     x = torch.randn(tokens, in_features, device=device, dtype=torch.bfloat16)
-    layout = quantize.prepare_layout(_layout(scheme, in_features), device)
     output = torch.empty(tokens, out_features, dtype=torch.bfloat16, device=device)
 
-    def product(tile: Tile, weight: layouts.GemmWeight) -> None:
-        gemm.launch(tile, quantize.quantize(x, scheme, layout), weight, output)
+    def multiply(tile: Tile, weight: layouts.GemmWeight) -> None:
+        gemm.launch(tile, product.quantize(x), weight, output)
 
     def products(tile: Tile) -> list[Product]:
-        return [functools.partial(product, tile, weight) for weight in weights]
+        return [functools.partial(multiply, tile, weight) for weight in weights]
 
-    return tune.tune(device, bits, out_features, weights[0].body.shape[1], tokens, products)
+    return tune.tune(device, weights[0].kind, out_features, weights[0].body.shape[1], tokens, products)
 
 
 def _layout(scheme: Scheme, in_features: int) -> InputLayout:
@@ -217,41 +216,28 @@ def _layout(scheme: Scheme, in_features: int) -> InputLayout:
     return InputLayout(in_features, scheme.outliers, scheme.hadamard_block, order, hadamard=hadamard)
 
 
-def _random_weight(scheme: Scheme, out_features: int, in_features: int) -> layouts.GemmWeight:
-    """Normal weights, quantized: like real ones, they keep the arithmetic's power, and so its clock, realistic."""
-    bits = scheme.weights.grid.bits
-    row_groups = -(-out_features // 128) * 2
-    blocks = -(-scheme.body(in_features) // layouts.BLOCK)
-    half = (row_groups, blocks, layouts.ROW_GROUP * layouts.BLOCK // 2)
-    if bits == 4:
-        low, high = (_normal(half, 2.7, -8, 7).add_(8).view(torch.uint8) for _ in range(2))
-        multipliers = torch.randint(7, 16, (*half[:2], layouts.ROW_GROUP), device="cuda", dtype=torch.uint8)
-        body = torch.cat([low | high << 4, multipliers], dim=2)
-    else:
-        body = _normal((*half[:2], layouts.INT8_BLOCK_BYTES), 34, -127, 127).view(torch.uint8)
-    scale = torch.rand(row_groups * layouts.ROW_GROUP, device="cuda") * 1e-3
-    if not scheme.outliers:
-        return layouts.GemmWeight(bits, (out_features, in_features), body, scale)
-    outliers = _normal((row_groups, layouts.INT8_BLOCK_BYTES), 34, -127, 127).view(torch.uint8)
-    return layouts.GemmWeight(bits, (out_features, in_features), body, scale, outliers, scale)
-
-
-def _random_scaled_weight(scheme: Scheme, out_features: int, in_features: int) -> weight_layouts.ScaledWeight:
-    """The same for 16-bit activations; uniform codes where they are E2M1."""
-    format, rows = scheme.weights, (out_features, in_features)
-    codes = _normal(rows, 2.7, -7, 7)
+def _random_weight(scheme: Scheme, out_features: int, in_features: int) -> QuantizedWeight:
+    """Normal codes: like real ones, they keep the arithmetic's power, and so its clock, realistic."""
+    format, body = scheme.weights, scheme.body(in_features)
     if format.element == "e2m1":
-        codes = torch.randint(0, 16, rows, device="cuda", dtype=torch.int8)
-    random = torch.rand(out_features, group_count(in_features, format.group), device="cuda") + 0.5
+        codes = grids.encode(torch.randn(out_features, body, device="cuda") * 2, format.grid)
+    else:
+        deviation = 34 if format.element == "int8" else 2.7
+        codes = _normal((out_features, body), deviation, int(format.grid.low), int(format.grid.high))
+    random = torch.rand(out_features, group_count(body, format.group), device="cuda") + 0.5
     scales = {
-        "two_level": lambda: (random * 10).to(torch.int8),
+        "two_level": lambda: (random * 9 + 2).to(torch.int8),
         "fp16": lambda: (random * 1e-2).half(),
         "e8m0": lambda: (random * 4 + 118).to(torch.uint8),
         "e4m3": lambda: (random * 200).to(torch.float8_e4m3fn),
     }
     stored = scales[format.scale]() if format.scale in scales else None
-    unit = torch.full((1 if format.scale == "e4m3" else out_features,), 1e-3, device="cuda")
-    return weight_layouts.prepare(QuantizedWeight.from_codes(scheme, codes, stored, unit))
+    row_scale = torch.rand(out_features, device="cuda") * 1e-3
+    unit = {"two_level": row_scale, "row": row_scale, "e4m3": row_scale[:1]}.get(format.scale)
+    if not scheme.outliers:
+        return QuantizedWeight.from_codes(scheme, codes, stored, unit)
+    outliers = _normal((out_features, scheme.outliers), 34, -127, 127)
+    return QuantizedWeight.from_codes(scheme, codes, stored, unit, outliers, row_scale)
 
 
 def _normal(shape: tuple[int, ...], deviation: float, low: int, high: int) -> Tensor:

@@ -27,7 +27,7 @@ log = logging.getLogger("atomcli")
 OPTIONS = ("-std=c++17", "--ptxas-options=-v")  # -v: only then do warnings about serialized wgmma reach the log
 
 # ptxas serializes the warpgroup MMAs of a kernel and merely warns about it: half the speed, so an error here.
-SERIALIZED = re.compile(r"\(C751[0-48]\)")
+SERIALIZED = re.compile(r"\(C751[0-58]\)")
 INCLUDE = re.compile(r'^\s*#include\s+"([^"]+)"', re.MULTILINE)
 
 

@@ -56,6 +56,11 @@ def choose_for(scheme: Scheme, arch: str) -> Choice:
         bits = scheme.weights.grid.bits
         return Choice(f"gemm_w{bits}_sm90a" if arch == "90a" else "gemm_w4_sm80", None)
     group_reason = group_gemm.why_not(scheme, arch)
+    if group_reason is None and arch == "90a" and not scheme.outliers:
+        if scheme.weights.scale == "e8m0":
+            return Choice("gemm_mxfp4_sm90a", None)
+        if scheme.weights.scale == "e4m3":  # codes times scales are fp16 numbers, on both sides
+            return Choice("gemm_w4a16_sm90a", None)
     if group_reason is None:
         return Choice(
             "gemm_groups_sm90a" if arch == "90a" else group_gemm.nibble_kernel(scheme)[0].removesuffix(".cu"), None
@@ -150,7 +155,7 @@ def prepare(weight: QuantizedWeight, layout: InputLayout) -> Product:
     if choice.kernel is None:
         raise UnsupportedError(f"No kernel serves scheme {scheme.name} on {device}: {choice.reason}.")
     kernel_layout = quantize.prepare_layout(layout, device)
-    if scheme.activations.element == "float":
+    if choice.kernel == "gemm_w4a16_sm90a":
         multiply = _with_weight(weight_gemm.linear, weight_layouts.prepare(weight))
         return Product(choice.kernel, scheme, kernel_layout, "f16", multiply)
     if layouts.scheme_reason(scheme) is None:
@@ -161,6 +166,12 @@ def prepare(weight: QuantizedWeight, layout: InputLayout) -> Product:
         if gemv.why_not(packed, compiler.multiprocessors(device)) is None:
             one_token = partial(gemv.linear, weight=packed, scheme=scheme, layout=kernel_layout)
         return Product(choice.kernel, scheme, kernel_layout, "s8", multiply, one_token)
+    if choice.kernel == "gemm_mxfp4_sm90a":
+        scaled = layouts.prepare_mxfp4(weight)
+        if scaled is not None:
+            return Product(choice.kernel, scheme, kernel_layout, "e4m3_scaled", _with_weight(gemm.linear, scaled))
+        choice = Choice("gemm_groups_sm90a", None)  # a row's scales lie too far apart
+    assert choice.kernel is not None
     codes = group_gemm.codes_for(compiler.architecture(device))
     groups = pack_groups(weight, codes)
     container: quantize.Container = "e4m3" if codes == "e4m3" else "nibble"

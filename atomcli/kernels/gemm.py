@@ -11,9 +11,9 @@ from torch import Tensor
 
 from atomcli.errors import UsageError
 from atomcli.kernels import compiler, tune
-from atomcli.kernels.layouts import BLOCK, GemmWeight
+from atomcli.kernels.layouts import BLOCK, BLOCK_BYTES, GemmWeight, Kind
 from atomcli.kernels.quantize import Operand
-from atomcli.kernels.tiles import OUTPUTS, Tile, deal, source, weight_block_bytes
+from atomcli.kernels.tiles import OUTPUTS, Tile, deal, source
 from atomcli.kernels.workspace import workspace
 
 
@@ -52,7 +52,7 @@ def _call(
 ) -> Tensor:
     y: Tensor = torch.ops.atom.gemm(
         operand.codes, operand.token_scale, operand.outlier_scale, weight.body, weight.outliers, weight.row_scale,
-        weight.outlier_row_scale, bias, expert_starts, weight.bits, weight.shape[0], tokens, dtype,
+        weight.outlier_row_scale, bias, expert_starts, weight.kind, weight.shape[0], tokens, dtype,
     )  # fmt: skip
     return y
 
@@ -95,9 +95,9 @@ def launch(
     tokens, rows = output.shape
     padded, (row_groups, blocks) = operand.codes.shape[1], weight.body.shape[-3:-1]
     experts = 0 if expert_starts is None else expert_starts.numel() - 1
-    shared_bytes = tile.shared_bytes(weight_block_bytes(weight.bits))
+    shared_bytes = tile.shared_bytes(BLOCK_BYTES[weight.kind])
     defines = tile.defines(output.dtype, experts)
-    kernel = compiler.load_kernel(source(weight.bits), "gemm", device, defines, shared_bytes)
+    kernel = compiler.load_kernel(source(weight.kind), "gemm", device, defines, shared_bytes)
     token_tiles, processors = -(-tokens // tile.tokens), compiler.multiprocessors(device)
     if expert_starts is None:
         row_tiles = -(-rows // (tile.rows * tile.cluster)) * tile.cluster
@@ -106,9 +106,9 @@ def launch(
         row_tiles = row_groups // tile.row_groups
         grid, split_tiles = tile.blocks or processors * tile.blocks_per_sm, int(tile.split == "all")
     partials = flags = None
-    if split_tiles:  # a tile of sums for each block, and a flag for each of its warps that own rows
-        sums = grid * tile.rows * tile.tokens
-        _, partials, flags = workspace(device, "gemm", sums, grid * tile.row_groups * 4, torch.int32)
+    if split_tiles:  # a tile of sums for each block, and a flag for each of its warps that finish some
+        sums, warps = grid * tile.rows * tile.tokens, tile.row_groups * tile.finishers * 4
+        _, partials, flags = workspace(device, "gemm", sums, grid * warps, torch.int32)
     kernel.launch(
         grid, tile.threads, weight.body, weight.outliers, operand.codes, weight.row_scale, weight.outlier_row_scale,
         operand.token_scale, operand.outlier_scale, bias, output, partials, flags, expert_starts, rows, tokens, padded,
@@ -129,7 +129,7 @@ def _gemm(
     outlier_row_scale: Tensor | None,
     bias: Tensor | None,
     expert_starts: Tensor | None,
-    bits: int,
+    kind: Kind,
     rows: int,
     tokens: int,
     dtype: torch.dtype,
@@ -137,12 +137,12 @@ def _gemm(
     output = torch.empty(tokens, rows, dtype=dtype, device=codes.device)
     if tokens == 0:
         return output
-    weight = GemmWeight(bits, (rows, body.shape[-2] * BLOCK), body, row_scale, outliers, outlier_row_scale)
+    weight = GemmWeight(kind, (rows, body.shape[-2] * BLOCK), body, row_scale, outliers, outlier_row_scale)
     operand = Operand(codes, codes, token_scale, outlier_scale, codes)
     if expert_starts is None:
-        tile = tune.choose(codes.device, bits, rows, body.shape[-2], tokens)
+        tile = tune.choose(codes.device, kind, rows, body.shape[-2], tokens)
     else:
-        tile = tune.for_experts(bits, rows, body.shape[0], tokens, compiler.multiprocessors(codes.device))
+        tile = tune.for_experts(kind, rows, body.shape[0], tokens, compiler.multiprocessors(codes.device))
     launch(tile, operand, weight, output, bias, expert_starts)
     return output
 
@@ -155,7 +155,7 @@ def _gemm_shape(codes: Tensor, *rest: Any) -> Tensor:
 _library = torch.library.Library("atom", "FRAGMENT")
 _library.define(
     "gemm(Tensor codes, Tensor token_scale, Tensor outlier_scale, Tensor body, Tensor? outliers, Tensor row_scale, "
-    "Tensor? outlier_row_scale, Tensor? bias, Tensor? expert_starts, int bits, SymInt rows, SymInt tokens, "
+    "Tensor? outlier_row_scale, Tensor? bias, Tensor? expert_starts, str kind, SymInt rows, SymInt tokens, "
     "ScalarType dtype) -> Tensor"
 )
 _library.impl("gemm", _gemm, "CUDA")

@@ -119,7 +119,9 @@ def _gemv(
     quantize.check(x, other, norm_weight, 8)
     format = ActivationFormat(element, group, scale, symmetric, clip)  # type: ignore[arg-type]
     y, total = outputs(x, prologue, rows)
-    weight = GemmWeight(bits, (rows, x.shape[1]), weights, row_scale, outliers, outlier_row_scale)
+    weight = GemmWeight(
+        "w4" if bits == 4 else "w8", (rows, x.shape[1]), weights, row_scale, outliers, outlier_row_scale
+    )
     launch(
         lambda how: compiler.load_kernel(SOURCE, ENTRY, x.device, how.defines, how.shared_bytes),
         x, other, norm_weight, table, body, hadamard, prologue, format, epsilon, weight, bias, y, total,  # type: ignore[arg-type]

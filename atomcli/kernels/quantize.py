@@ -30,18 +30,20 @@ INPUTS = {torch.float32: "float", torch.float16: "fp16", torch.bfloat16: "bf16"}
 GROUP_SCALE_DTYPES = {"fp16": torch.float16, "e8m0": torch.uint8, "e4m3": torch.float8_e4m3fn}
 
 Prologue = Literal["plain", "norm", "add_norm", "silu_mul"]
-Container = Literal["s8", "e4m3", "nibble", "f16"]
+Container = Literal["s8", "e4m3", "e4m3_scaled", "nibble", "f16"]
 
 
 class Operand(NamedTuple):
     """What the GEMM reads: T tokens padded to T_pad, channels cut into k-blocks of 128, body first, outliers after.
 
     codes: uint8 (k-blocks, T_pad, 128), 16-byte chunks of a row swizzled by its number. Nibbles: (body k-blocks, T_pad,
-    64), and the outliers apart, in outlier_codes (outlier k-blocks, T_pad, 128), which is empty otherwise. What is not
-    quantized: fp16 numbers, 64 to a row, (2 k-blocks, T_pad, 128), times a token_scale that is a power of two.
-    token_scale, outlier_scale: fp32 (T_pad,). group_scales: (G_pad, T_pad) in their stored dtype, G_pad groups of whole
-    k-blocks; beside nibbles and e4m3 bytes (k-blocks, T_pad, groups of a k-block), for the latter the fp32 values that
-    a GEMM promotes with; empty where the format has none. Padding rows are zero.
+    64), and the outliers apart, in outlier_codes (outlier k-blocks, T_pad, 128), which is empty otherwise.
+    The container "e4m3_scaled" holds E2M1 codes times the power of two of their group, relative to the token's largest,
+    "f16" E2M1 codes times their E4M3 scale, or what is not quantized, in units of a power of two: fp16 numbers, 64 to a
+    row, (2 k-blocks, T_pad, 128). token_scale, outlier_scale: fp32 (T_pad,). group_scales: (G_pad, T_pad) as stored,
+    G_pad groups of whole k-blocks; beside nibbles and e4m3 bytes (k-blocks, T_pad, groups of a k-block), for the
+    latter the fp32 values that a GEMM promotes with; empty where the codes hold them, or the format has none. Padding
+    rows are zero.
     """
 
     codes: Tensor
@@ -341,7 +343,8 @@ def allocate(
     tokens, channels = x.shape
     padded = -(-tokens // row_multiple) * row_multiple
     body_blocks, outlier_blocks = -(-body // BLOCK), -(-(channels - body) // BLOCK)
-    groups = group_count(body_blocks * BLOCK, format.group) if format.scale in GROUP_SCALE_DTYPES else 0
+    has_groups = format.scale in GROUP_SCALE_DTYPES and container not in ("e4m3_scaled", "f16")
+    groups = group_count(body_blocks * BLOCK, format.group) if has_groups else 0
     if container == "nibble":
         shapes = ((body_blocks, padded, BLOCK // 2), (outlier_blocks, padded, BLOCK))
     else:

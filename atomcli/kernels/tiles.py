@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from atomcli.kernels.layouts import BLOCK, INT4_BLOCK_BYTES, INT8_BLOCK_BYTES, ROW_GROUP
+from atomcli.kernels.layouts import BLOCK, ROW_GROUP, Kind
 
 OUTPUTS = {torch.bfloat16: "Bfloat16", torch.float16: "Float16"}
 WARPGROUP = 128
@@ -16,6 +16,7 @@ class Tile:
     """The compile-time parameters of cuda/gemm_sm90a.cuh, and how tiles are dealt to the blocks of the grid.
 
     `split`: "none" deals whole tiles in turn, "remainder" cuts up those of the last wave, "all" cuts up every tile.
+    `finishers`: 1, or all of `k_groups`: then each finishes a share of the tokens.
     `blocks`: blocks of the grid; 0 for as many as fit on the card. `fragments`: 2 unpacks a block ahead, where 0 leaves
     it to the registers: two for few consumers or few tokens.
     """
@@ -30,7 +31,7 @@ class Tile:
     split: str = "none"
     blocks: int = 0
     fragments: int = 0
-    overlap: bool = False
+    finishers: int = 1
 
     @property
     def rows(self) -> int:
@@ -51,25 +52,21 @@ class Tile:
         """Dynamic shared memory, by the same formula as in the source; `planes` of 128 bytes are a block of a token."""
         stage = self.stage_blocks * (self.tokens * BLOCK * planes + self.row_groups * weight_bytes)
         exchange = (self.k_groups - 1) * self.row_groups * ROW_GROUP * self.tokens * 4
-        store = self.row_groups * 2 * min(self.tokens, 32 if self.roomy and self.cluster == 1 else 16) * 144
+        stored_tokens = min(self.tokens // self.finishers, 32 if self.roomy and self.cluster == 1 else 16)
+        store = self.row_groups * self.finishers * 2 * stored_tokens * 144
         return 1024 + self.stages * (-(-stage // 1024) * 1024) + exchange + store
 
     def defines(self, output: torch.dtype, experts: int = 0) -> dict[str, int | str]:
         """What the source is compiled with; `experts` 0 for a single weight."""
-        names = ("tokens", "row_groups", "k_groups", "stages", "stage_blocks", "cluster", "blocks_per_sm")
+        names = ("tokens", "row_groups", "k_groups", "stages", "stage_blocks", "cluster", "finishers", "blocks_per_sm")
         fragments = self.fragments or (2 if self.roomy or self.tokens <= 16 else 1)
         parameters = {name.upper(): getattr(self, name) for name in names}
-        return parameters | {"FRAGMENTS": fragments, "EXPERTS": experts, "OUTPUT": OUTPUTS[output], "OVERLAP": int(self.overlap)}
+        return parameters | {"FRAGMENTS": fragments, "EXPERTS": experts, "OUTPUT": OUTPUTS[output]}
 
 
-def source(bits: int) -> str:
-    """The file in cuda/ for weights of `bits`."""
-    return f"gemm_w{bits}_sm90a.cu"
-
-
-def weight_block_bytes(bits: int) -> int:
-    """Bytes of a block of 64 x 128 weights."""
-    return INT4_BLOCK_BYTES if bits == 4 else INT8_BLOCK_BYTES
+def source(kind: Kind) -> str:
+    """The file in cuda/ for weights of a kind."""
+    return f"gemm_{kind}_sm90a.cu"
 
 
 def deal(tile: Tile, tiles: int, multiprocessors: int) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """Which tile the integer GEMM takes for a problem: measured where it was measured, else by rule.
 
 What was measured on this machine lies in the user's cache; what ships with the package was measured on an H100
-(tiles_h100.json). A problem is looked up by weight bits, out_features, blocks of channels and a bucket of tokens.
+(tiles_h100.json). A problem is looked up by kind of weight, out_features, blocks of channels and a bucket of tokens.
 """
 
 import functools
@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from atomcli.kernels import compiler, timing
-from atomcli.kernels.tiles import SHARED_LIMIT, Tile, weight_block_bytes
+from atomcli.kernels.layouts import BLOCK_BYTES, Kind
+from atomcli.kernels.tiles import SHARED_LIMIT, Tile
 
 log = logging.getLogger("atomcli")
 
@@ -35,15 +36,20 @@ TILES = (
     Tile(16, 2, 2, 5, 4, split="all"),
     Tile(32, 1, 4, 5, 4, split="all"),
     Tile(32, 1, 4, 5, 4, split="all", blocks=128),
+    Tile(32, 1, 4, 5, 4, split="all", blocks=128, finishers=4),
     Tile(32, 2, 2, 6, 2, split="all"),
     Tile(64, 1, 2, 8, 2, split="all", blocks=128),
+    Tile(64, 1, 2, 8, 2, split="all", blocks=128, finishers=2),
     Tile(64, 2, 1, 5, 2, split="all"),
-    Tile(64, 1, 4, 3, 4, split="all", blocks=128),
+    Tile(64, 1, 4, 3, 4, split="all", blocks=128, finishers=4),
     Tile(64, 1, 2, 8, 2, split="none"),
+    Tile(64, 1, 2, 8, 2, split="none", finishers=2),
     Tile(128, 2, 1, 8, split="all"),
     Tile(128, 2, 1, 8, split="all", blocks=128),
     Tile(128, 1, 2, 4, 2, split="all", blocks=128),
+    Tile(128, 1, 2, 4, 2, split="all", blocks=128, finishers=2),
     Tile(128, 1, 2, 4, 2, split="none"),
+    Tile(128, 1, 2, 4, 2, split="none", finishers=2),
     Tile(256, 2, 1, 5, split="all"),
     Tile(256, 2, 1, 5, split="all", blocks=128),
     Tile(256, 2, 1, 5, split="none"),
@@ -53,13 +59,13 @@ TILES = (
 )
 
 
-def choose(device: torch.device, bits: int, rows: int, blocks: int, tokens: int) -> Tile:
+def choose(device: torch.device, kind: Kind, rows: int, blocks: int, tokens: int) -> Tile:
     """The tile for `tokens` tokens, `rows` output channels and `blocks` blocks of 128 body channels."""
-    known = _measured(_card(device)).get(_key(bits, rows, blocks, tokens))
-    return fit(known, bits) if known else default(bits, rows, tokens, compiler.multiprocessors(device))
+    known = _measured(_card(device)).get(_key(kind, rows, blocks, tokens))
+    return fit(known, kind) if known else default(kind, rows, tokens, compiler.multiprocessors(device))
 
 
-def default(bits: int, rows: int, tokens: int, multiprocessors: int) -> Tile:
+def default(kind: Kind, rows: int, tokens: int, multiprocessors: int) -> Tile:
     """A good tile without measuring: the rule that the measurements on an H100 suggest."""
     narrow = -(-rows // 64) <= multiprocessors  # row groups: few enough that tiles must be cut to feed every SM
     split_evenly = 128 if narrow and multiprocessors >= 128 else 0
@@ -77,48 +83,48 @@ def default(bits: int, rows: int, tokens: int, multiprocessors: int) -> Tile:
         tile = Tile(128, 1, 2, 4, 2, split="none") if narrow else Tile(256, 2, 1, 5, split="all")
     else:
         tile = Tile(256, 2, 1, 5, split="none")
-    return fit(tile, bits)
+    return fit(tile, kind)
 
 
-def for_experts(bits: int, rows: int, experts: int, tokens: int, multiprocessors: int) -> Tile:
+def for_experts(kind: Kind, rows: int, experts: int, tokens: int, multiprocessors: int) -> Tile:
     """A tile for `tokens` tokens sorted by expert, as if those that have some had equally many.
 
     An expert's tokens begin anywhere in a window of whole groups of 8: up to 7 others may come before them.
     """
     active = min(experts, tokens)
-    return fit(default(bits, rows * active, -(-tokens // active) + 7, multiprocessors), bits, experts)
+    return fit(default(kind, rows * active, -(-tokens // active) + 7, multiprocessors), kind, experts)
 
 
-def fit(tile: Tile, bits: int, experts: int = 0) -> Tile:
-    """The same tile with as many stages as shared memory holds for weights of `bits`, beside the table of experts."""
-    while tile.shared_bytes(weight_block_bytes(bits)) + tile.stages * 16 + (experts + 1) * 8 > SHARED_LIMIT:
+def fit(tile: Tile, kind: Kind, experts: int = 0) -> Tile:
+    """The same tile with as many stages as shared memory holds for this kind of weight, beside the table of experts."""
+    while tile.shared_bytes(BLOCK_BYTES[kind]) + tile.stages * 16 + (experts + 1) * 8 > SHARED_LIMIT:
         tile = replace(tile, stages=tile.stages - 1)
     return tile
 
 
-def candidates(bits: int, rows: int, tokens: int) -> Iterable[Tile]:
+def candidates(kind: Kind, rows: int, tokens: int) -> Iterable[Tile]:
     """Tiles worth timing for a problem: about as many tokens as it has, or one bucket fewer."""
     bucket = min(_bucket(tokens), 256)
     for tile in TILES:
         clusters_fit = -(-rows // tile.rows) % tile.cluster == 0
         if tile.tokens in (bucket, bucket // 2) and clusters_fit:
-            yield fit(tile, bits)
+            yield fit(tile, kind)
 
 
 def tune(
     device: torch.device,
-    bits: int,
+    kind: Kind,
     rows: int,
     blocks: int,
     tokens: int,
     products: Callable[[Tile], list[Callable[[], object]]],
 ) -> Tile:
     """Time every candidate and keep the fastest; `products` gives the calls to time with a tile, on rotated weights."""
-    replays = {tile: timing.capture(products(tile)) for tile in candidates(bits, rows, tokens)}
+    replays = {tile: timing.capture(products(tile)) for tile in candidates(kind, rows, tokens)}
     times = {tile: statistics.median(samples) for tile, samples in timing.in_turn(replays).items()}
     best = min(times, key=times.__getitem__)
-    log.info("%s: %s takes %.2f µs", _key(bits, rows, blocks, tokens), best, times[best])
-    _keep(_card(device), {_key(bits, rows, blocks, tokens): best})
+    log.info("%s: %s takes %.2f µs", _key(kind, rows, blocks, tokens), best, times[best])
+    _keep(_card(device), {_key(kind, rows, blocks, tokens): best})
     return best
 
 
@@ -126,8 +132,8 @@ def _bucket(tokens: int) -> int:
     return next((bucket for bucket in BUCKETS if tokens <= bucket), BUCKETS[-1])
 
 
-def _key(bits: int, rows: int, blocks: int, tokens: int) -> str:
-    return f"w{bits} {rows}x{blocks} m{_bucket(tokens)}"
+def _key(kind: Kind, rows: int, blocks: int, tokens: int) -> str:
+    return f"{kind} {rows}x{blocks} m{_bucket(tokens)}"
 
 
 @functools.cache

@@ -50,7 +50,7 @@ class ScaledWeight:
 def why_not(scheme: Scheme) -> str | None:
     """The reason why weights of a scheme can't be multiplied with 16-bit activations by the kernel, or None."""
     weights = scheme.weights
-    if scheme.activations.element != "float":
+    if scheme.activations.element != "float" and scheme.activations.scale != "e4m3":  # NVFP4's are fp16 numbers too
         return f"the kernel takes 16-bit activations, the scheme has {scheme.activations.element}"
     if weights.element not in ("int4", "e2m1"):
         return f"the kernel for 16-bit activations takes 4-bit weights, the scheme has {weights.element}"

@@ -61,8 +61,8 @@ class Problem:
         body_packed = layouts.pack_int4(codes, multipliers) if bits == 4 else layouts.pack_int8(codes)
         outliers_packed = layouts.pack_int8(self.outlier_weight)[:, 0].contiguous().to(DEVICE) if outliers else None
         self.gemm_weight = layouts.GemmWeight(
-            bits, (rows, channels), body_packed.to(DEVICE), layouts.pad_scale(row_scale), outliers_packed,
-            layouts.pad_scale(outlier_row_scale) if outliers else None,
+            "w4" if bits == 4 else "w8", (rows, channels), body_packed.to(DEVICE), layouts.pad_scale(row_scale),
+            outliers_packed, layouts.pad_scale(outlier_row_scale) if outliers else None,
         )  # fmt: skip
 
     def expected(self, bias: Tensor | None = None) -> Tensor:
@@ -186,6 +186,6 @@ def test_misfits_are_refused() -> None:
 
 
 def test_a_kernel_reports_the_launch_it_can_not_make() -> None:
-    kernel = compiler.load_kernel(gemm.source(4), "gemm", DEVICE, tune.TILES[0].defines(torch.bfloat16))
+    kernel = compiler.load_kernel(gemm.source("w4"), "gemm", DEVICE, tune.TILES[0].defines(torch.bfloat16))
     with pytest.raises(compiler.RunError, match="the driver refused the launch"):
         kernel.launch(1, 4096)

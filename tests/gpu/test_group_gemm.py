@@ -3,11 +3,16 @@
 import pytest
 import torch
 
-from atomcli.kernels import group_gemm
+from atomcli.formats.layout import InputLayout
+from atomcli.kernels import dispatch, gemm, group_gemm, layouts, reference, tune
 from atomcli.kernels.compiler import architecture
 from atomcli.kernels.group_layouts import pack_groups
+from atomcli.kernels.tiles import Tile
 from tests.kernels.gemm_cases import GROUP_SCHEMES, random_problem, relative_error
 
+hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="the kernels are for sm_90a"
+)
 SHAPES = [
     (1, 256, 512),
     (7, 64, 384),
@@ -38,6 +43,44 @@ def test_products(name: str, tokens: int, rows: int, channels: int) -> None:
     y = group_gemm.linear(operand, packed, scheme, tokens, torch.bfloat16, bias)
     assert relative_error(y, expected + bias) < 2e-3
     assert torch.equal(y, group_gemm.multiply(operand, packed, scheme, tokens, torch.bfloat16, bias))
+
+
+@hopper
+@pytest.mark.parametrize(("tokens", "rows", "channels"), SHAPES)
+@pytest.mark.parametrize(("name", "container"), [("mxfp4", "e4m3_scaled"), ("nvfp4", "f16")])
+def test_scales_inside_the_operands(name: str, container: str, tokens: int, rows: int, channels: int) -> None:
+    scheme = GROUP_SCHEMES[name]
+    operand, weight, expected = random_problem(scheme, tokens, rows, channels, container)
+    product = dispatch.prepare(weight, InputLayout(channels, 0, scheme.hadamard_block))
+    assert product.container == container
+    bias = torch.randn(rows, device="cuda")
+    y = product.multiply(operand, tokens, torch.bfloat16, bias)
+    assert relative_error(y, expected + bias) < 2e-3
+    assert torch.equal(y, product.multiply(operand, tokens, torch.bfloat16, bias))
+
+
+@hopper
+@pytest.mark.parametrize("tile", tune.TILES, ids=str)
+def test_every_tile_of_mxfp4(tile: Tile) -> None:
+    operand, weight, expected = random_problem(GROUP_SCHEMES["mxfp4"], 100, 512, 1100, "e4m3_scaled")
+    packed = layouts.prepare_mxfp4(weight)
+    assert packed is not None
+    y = torch.full((100, 512), torch.nan, device="cuda", dtype=torch.float16)
+    gemm.launch(tune.fit(tile, "mxfp4"), operand, packed, y)
+    assert relative_error(y, expected) < 4e-4  # of which the output's rounding is 2e-4
+
+
+@hopper
+def test_mxfp4_weights_of_too_many_octaves_keep_their_scales_apart() -> None:
+    scheme = GROUP_SCHEMES["mxfp4"]
+    _, weight, _ = random_problem(scheme, 1, 128, 512, "e4m3")
+    assert weight.group_scales is not None
+    weight.group_scales[5, 3] = 90
+    layout = InputLayout(512, 0, scheme.hadamard_block)
+    product, x = dispatch.prepare(weight, layout), torch.randn(9, 512, device="cuda", dtype=torch.bfloat16)
+    assert product.kernel == "gemm_groups_sm90a"
+    expected = reference.quantized_input(x, scheme, layout).double() @ weight.dequantize().double().T
+    assert relative_error(product.multiply(product.quantize(x), 9, torch.bfloat16, None), expected) < 2e-3
 
 
 @pytest.mark.parametrize(("tokens", "rows", "channels"), SHAPES)

@@ -87,6 +87,11 @@ def assert_equal(operand: Operand, expected: QuantizedActivations, container: st
     format = expected.format
     blocks = -(-body // BLOCK)
     codes, padding = plain(operand.codes[:blocks], body)
+    if container == "e4m3_scaled":
+        assert_scaled(codes[:tokens], operand.token_scale[:tokens], expected)
+        assert not padding.any()
+        assert not codes[tokens:].any()
+        return
     wanted = expected.integers() if format.scale == "two_level" else expected.codes
     if container == "e4m3":
         wanted = torch.where(wanted == 0, 0, e4m3_bytes(wanted, format.element))  # zero has no sign
@@ -106,6 +111,17 @@ def assert_equal(operand: Operand, expected: QuantizedActivations, container: st
         stored = operand.group_scales if container == "s8" else operand.group_scales.transpose(1, 2).flatten(0, 1)
         wanted = expected.scales() if container == "e4m3" else expected.group_scales.float()
         assert torch.equal(_numbers(stored, format.scale)[:groups, :tokens].T, wanted)
+
+
+def assert_scaled(codes: Tensor, token_scale: Tensor, expected: QuantizedActivations) -> None:
+    """Codes that hold their group's scale: exact 14 octaves deep, below that within 2^-18 of the token's largest."""
+    values = codes.view(torch.float8_e4m3fn).float() * token_scale[:, None]
+    wanted = expected.dequantize()[:, : codes.shape[1]]
+    largest = wanted.abs().amax(1, keepdim=True)
+    assert ((values - wanted).abs() <= largest * 2.0**-18).all()
+    scales = expected.scales().repeat_interleave(expected.format.group or 1, 1)[:, : wanted.shape[1]]
+    deep = scales < scales.amax(1, keepdim=True) * 2.0**-14
+    assert torch.equal(values[~deep], wanted[~deep])
 
 
 def _numbers(stored: Tensor, scale: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""Every tile of the integer GEMM compiles for its card: integer MMAs, no spills, nothing serialized. Needs no GPU."""
+"""Every tile of the sm_90a GEMM compiles: 8-bit MMAs, no spills, nothing serialized. Needs no GPU."""
 
 import re
 from pathlib import Path
@@ -7,21 +7,24 @@ import pytest
 import torch
 
 from atomcli.errors import RunError
-from atomcli.kernels import compiler, tiles, tune
+from atomcli.kernels import compiler, layouts, tiles, tune
 from tests.kernels.disassembly import compiles, disassembles, sass
 
 pytestmark = compiles
 
 
 @disassembles
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("kind", ["w4", "w8", "mxfp4"])
 @pytest.mark.parametrize("tile", tune.TILES, ids=str)
-def test_tile_compiles_to_integer_mmas_without_spills(tile: tiles.Tile, bits: int, tmp_path: Path) -> None:
-    tile = tune.fit(tile, bits)
-    program = compiler.compile_source(tiles.source(bits), "90a", tile.defines(torch.bfloat16))
+def test_tile_compiles_to_its_mmas_without_spills(tile: tiles.Tile, kind: layouts.Kind, tmp_path: Path) -> None:
+    tile = tune.fit(tile, kind)
+    program = compiler.compile_source(tiles.source(kind), "90a", tile.defines(torch.bfloat16))
     assert program.resources["gemm"].spill_bytes == 0
     listing = sass(program.cubin, tmp_path)
-    assert f"IGMMA.64x{tile.tokens}x32.S8.S8" in listing
+    if kind == "mxfp4":
+        assert re.search(r"QGMMA.64x\d+x32.F32.E4M3.E4M3", listing)
+    else:
+        assert f"IGMMA.64x{tile.tokens}x32.S8.S8" in listing
     assert "UBLKCP" in listing
     assert not re.search(r"\b(LDL|STL)\b", listing)
 

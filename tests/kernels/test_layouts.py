@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from atomcli.errors import UnsupportedError
-from atomcli.formats.scheme import ActivationFormat, Scheme, WeightFormat
+from atomcli.formats.scheme import SCHEMES, ActivationFormat, Scheme, WeightFormat
 from atomcli.formats.weights import QuantizedWeight
 from atomcli.kernels import layouts
 
@@ -64,3 +64,40 @@ def test_refuses_what_the_gemm_does_not_read() -> None:
     )
     with pytest.raises(UnsupportedError, match="two-level scales of 128"):
         layouts.prepare_weight(weight)
+
+
+def mxfp4_weight(rows: int, channels: int, low: int, high: int) -> QuantizedWeight:
+    """Random codes, and exponents low ... high of their groups; one group of the second row is zero, far below."""
+    codes = torch.randint(0, 16, (rows, channels), dtype=torch.int8)
+    exponents = torch.randint(low, high + 1, (rows, -(-channels // 32)), dtype=torch.uint8)
+    codes[1, :32], exponents[1, 0] = 0, 0
+    codes[2, 0], exponents[2, 0], exponents[2, 1] = 7, high, low
+    return QuantizedWeight.from_codes(SCHEMES["mxfp4"], codes, exponents)
+
+
+def test_mxfp4_blocks_unpack_to_code_times_power() -> None:
+    weight = mxfp4_weight(100, 300, 110, 121)
+    packed = layouts.prepare_mxfp4(weight)
+    assert packed is not None
+    assert packed.body.shape == (2, 3, layouts.MXFP4_BLOCK_BYTES)
+    expected = torch.nn.functional.pad(weight.dequantize(), (0, 84, 0, 28))
+    for thread in (0, 5, 37, 127):
+        for group, block, step, register in ((0, 0, 0, 0), (1, 1, 3, 2), (0, 2, 1, 1), (1, 2, 2, 3)):
+            place = step // 2 * 2048 + thread * 16 + (step * 2 + register // 2) % 4 * 4
+            word = int.from_bytes(bytes(packed.body[group, block, place : place + 4].tolist()), "little")
+            for byte in range(4):
+                row, channel = thread_holds(register, thread, byte, step)
+                power = int(packed.body[group, block, 4096 + row * 4 + step])
+                magnitude = word >> 16 * (register % 2) + 4 * byte & 7
+                sign = word >> (8 * byte + (3 if register % 2 else 7)) & 1
+                assert power % 8 == 0
+                assert 8 <= power <= 96
+                e4m3 = (0, power, *(power + 4 * code for code in range(2, 8)))[magnitude] | sign << 7
+                value = torch.tensor(e4m3, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+                value *= packed.row_scale[64 * group + row]
+                assert value == expected[64 * group + row, 128 * block + channel]
+
+
+def test_mxfp4_rows_of_too_many_octaves_are_not_taken() -> None:
+    assert layouts.prepare_mxfp4(mxfp4_weight(64, 256, 100, 112)) is None
+    assert layouts.prepare_mxfp4(mxfp4_weight(64, 256, 0, 3)) is not None  # below the smallest row scale: still normal

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from atomcli.errors import UnsupportedError
+from atomcli.formats import grids
 from atomcli.formats.layout import InputLayout
 from atomcli.formats.scheme import SCHEMES, ActivationFormat, Scheme
 from atomcli.kernels import quantize as quantization
@@ -77,7 +78,14 @@ def test_layouts_and_inputs(channels, outliers, permuted, signed, hadamard, dtyp
 
 @emulated
 @pytest.mark.parametrize(
-    ("name", "container"), [("paper", "nibble"), ("paper", "e4m3"), ("fp4", "e4m3"), ("fp4", "nibble")]
+    ("name", "container"),
+    [
+        ("paper", "nibble"),
+        ("paper", "e4m3"),
+        ("fp4", "e4m3"),
+        ("fp4", "nibble"),
+        ("mxfp4", "e4m3_scaled"),
+    ],
 )
 def test_containers(name: str, container: str) -> None:
     torch.manual_seed(2)
@@ -89,6 +97,33 @@ def test_containers(name: str, container: str) -> None:
     if (name, container) == ("fp4", "nibble"):
         expected.codes = (expected.codes ^ 8) - 8  # the reader takes nibbles for signed integers
     cases.assert_equal(operand, expected, container)
+
+
+@emulated
+def test_scaled_codes_of_groups_far_below_the_largest() -> None:
+    torch.manual_seed(6)
+    scheme, layout = cases.scheme_of(cases.FORMATS["mxfp4"], 0, False), cases.random_layout(640, 0, False, False, False)
+    x = torch.randn(6, 640) * torch.ldexp(torch.ones(20), -torch.arange(20)).repeat_interleave(32)
+    x[0] *= 1e-36
+    operand, _, _ = run(x, scheme, layout, container="e4m3_scaled")
+    cases.assert_equal(operand, cases.reference(x, scheme, layout), "e4m3_scaled")
+
+
+@emulated
+def test_nvfp4_codes_times_scales_are_halves() -> None:
+    torch.manual_seed(7)
+    scheme, layout = SCHEMES["nvfp4"], cases.random_layout(400, 0, permuted=True, signed=True, hadamard=False)
+    x = cases.random_rows(6, 400, torch.bfloat16)
+    operand, _, _ = run(x, scheme, layout, container="f16")
+    expected = cases.reference(x, scheme, layout)
+    halves, padding = cases.plain(operand.codes, 2 * 400)
+    values = halves.contiguous().view(torch.float16).float()
+    assert torch.equal(
+        values[:6],
+        grids.decode(expected.codes, grids.E2M1) * expected.group_scales.float().repeat_interleave(16, 1)[:, :400],
+    )
+    assert torch.equal(operand.token_scale[:6], expected.token_scale)
+    assert not padding.any()
 
 
 @emulated

@@ -7,15 +7,16 @@ import pytest
 import torch
 
 from atomcli.kernels import tune
-from atomcli.kernels.tiles import SHARED_LIMIT, Tile, deal, weight_block_bytes
+from atomcli.kernels.layouts import BLOCK_BYTES, Kind
+from atomcli.kernels.tiles import SHARED_LIMIT, Tile, deal
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("kind", ["w4", "w8", "mxfp4"])
 @pytest.mark.parametrize("tokens", [1, 9, 17, 33, 65, 129, 257, 5000])
 @pytest.mark.parametrize("rows", [64, 4096, 28672])
-def test_the_rules_tile_fits_and_holds_the_tokens(bits: int, tokens: int, rows: int) -> None:
-    tile = tune.default(bits, rows, tokens, 132)
-    assert tile.shared_bytes(weight_block_bytes(bits)) + 16 * tile.stages <= SHARED_LIMIT
+def test_the_rules_tile_fits_and_holds_the_tokens(kind: Kind, tokens: int, rows: int) -> None:
+    tile = tune.default(kind, rows, tokens, 132)
+    assert tile.shared_bytes(BLOCK_BYTES[kind]) + 16 * tile.stages <= SHARED_LIMIT
     assert tile.stages >= 2
     assert tile.tokens >= min(tokens, 128)
 
@@ -24,23 +25,23 @@ def test_every_shipped_choice_fits() -> None:
     shipped = tune._measured("NVIDIA H100 80GB HBM3")
     assert len(shipped) > 100
     for key, tile in shipped.items():
-        assert tune.fit(tile, int(key[1])) == tile, key
+        assert tune.fit(tile, key.split()[0]) == tile, key
 
 
 def test_experts_windows_leave_room_for_others_tokens() -> None:
-    assert tune.for_experts(4, 4096, 8, 8, 132).tokens == 8  # a token each lies within one group of 8
-    assert tune.for_experts(4, 4096, 8, 16, 132).tokens == 16  # two may lie in two of them
-    assert tune.for_experts(4, 4096, 128, 1, 132).tokens == 8
-    assert tune.for_experts(4, 4096, 8, 4096, 132).tokens == 256
-    assert all(tune.for_experts(4, 4096, 8, tokens, 132).cluster == 1 for tokens in (1, 64, 999))
+    assert tune.for_experts("w4", 4096, 8, 8, 132).tokens == 8  # a token each lies within one group of 8
+    assert tune.for_experts("w4", 4096, 8, 16, 132).tokens == 16  # two may lie in two of them
+    assert tune.for_experts("w4", 4096, 128, 1, 132).tokens == 8
+    assert tune.for_experts("w4", 4096, 8, 4096, 132).tokens == 256
+    assert all(tune.for_experts("w4", 4096, 8, tokens, 132).cluster == 1 for tokens in (1, 64, 999))
 
 
 @pytest.mark.parametrize("tokens", [1, 500, 1000, 5000, 8000, 30000])
 def test_many_experts_table_fits_beside_the_ring(tokens: int) -> None:
-    for rows, bits, experts in itertools.product((64, 512, 4096), (4, 8), (128, 256)):
-        tile = tune.for_experts(bits, rows, experts, tokens, 132)
+    for rows, kind, experts in itertools.product((64, 512, 4096), ("w4", "w8"), (128, 256)):
+        tile = tune.for_experts(kind, rows, experts, tokens, 132)
         static_bytes = 16 * tile.stages + 2 * (experts + 1) * 4  # barriers and the table of experts
-        assert tile.shared_bytes(weight_block_bytes(bits)) + static_bytes <= SHARED_LIMIT
+        assert tile.shared_bytes(BLOCK_BYTES[kind]) + static_bytes <= SHARED_LIMIT
 
 
 def test_a_measured_choice_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,11 +50,11 @@ def test_a_measured_choice_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(tune.compiler, "multiprocessors", lambda device: 132)
     tune._measured.cache_clear()
     device = torch.device("cpu")
-    ruled = tune.choose(device, 4, 512, 7, 100)
+    ruled = tune.choose(device, "w4", 512, 7, 100)
     measured = Tile(16, 1, 4, 4, 4, split="all")
-    tune._keep("A card", {tune._key(4, 512, 7, 100): measured})
-    assert tune.choose(device, 4, 512, 7, 128) == measured != ruled
-    assert tune.choose(device, 4, 512, 7, 129) == tune.default(4, 512, 129, 132)
+    tune._keep("A card", {tune._key("w4", 512, 7, 100): measured})
+    assert tune.choose(device, "w4", 512, 7, 128) == measured != ruled
+    assert tune.choose(device, "w4", 512, 7, 129) == tune.default("w4", 512, 129, 132)
     tune._measured.cache_clear()
 
 

@@ -38,7 +38,7 @@ KINDS = ("W16A16", "W4A16", "W4A8", "W4A4 INT", "W4A4 FP", "W8A8", "mixed")
 _LOG = logging.getLogger("atomcli")
 
 # What the default leaderboard has of ours: the default of each class that peers compete in.
-RECIPES = ("w4a16", "atom-w4a8", "atom-w4a4", "atom-best", "nvfp4")
+RECIPES = ("w4a16", "atom-w4a8", "atom-w4a8-o0", "atom-w4a4", "atom-best", "nvfp4")
 
 
 def adapt(name: str, group: int, kv_cache: str | None, calibration: Mapping[str, Any]) -> Recipe:

@@ -7,24 +7,27 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from torch import Tensor
 
+from atomcli.pipeline.held import Held
 from atomcli.pipeline.model import Walk
 
 
 class Ahead:
     """Reads the next block of a model into the host's memory while the present one is worked on."""
 
-    def __init__(self, walk: Walk, pool: ThreadPoolExecutor) -> None:
-        self._walk, self._pool = walk, pool
+    def __init__(self, walk: Walk, pool: ThreadPoolExecutor, held: Held | None = None) -> None:
+        self._walk, self._pool, self._held = walk, pool, held
         self._coming: dict[int, Future[dict[str, Tensor]]] = {}
 
     def take(self, index: int) -> dict[str, Tensor]:
-        """The tensors of block `index` on the device, by their names in the block."""
+        """The tensors of block `index` on the device, by their names in the block; what is held there makes room."""
         coming = self._coming.pop(index, None) or self._pool.submit(self._walk.load, index)
-        held = coming.result()
+        arrived = coming.result()
         del coming
         if index + 1 < self._walk.blocks:
             self._coming[index + 1] = self._pool.submit(self._walk.load, index + 1)
-        return self._walk.place(held)
+        if self._held is not None:
+            self._held.make_room(sum(tensor.nbytes for tensor in arrived.values()))
+        return self._walk.place(arrived)
 
 
 class Behind:

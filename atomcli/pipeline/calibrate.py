@@ -35,7 +35,7 @@ from atomcli.pipeline.passes import drop, pass_through, write_embedded
 from atomcli.pipeline.progress import Progress, Silent
 from atomcli.pipeline.ranks import ALONE, Ranks
 from atomcli.pipeline.routing import Once, Routing, routing_of
-from atomcli.pipeline.stream import AtOnce, Stream, run
+from atomcli.pipeline.stream import AtOnce, Stream, enough_memory, run
 from atomcli.recipe import Recipe
 from atomcli.runtime.attention import Attention
 from atomcli.runtime.decoder import build_block
@@ -156,13 +156,14 @@ def calibrate(
         progress.begin("calibrate", walk.blocks)
         progress.advance(len(journal.steps))
         with ThreadPoolExecutor(2, "atom") as pool, journal.same_threads():
-            ahead, behind = Ahead(walk, pool), Behind(pool)
+            ahead, behind = Ahead(walk, pool, stream.held), Behind(pool)
             try:
                 done = len(journal.steps)
                 if done == 0 or (journal.restarted and done < walk.blocks):
                     stream = _again(walk, tokens, stream, done, ranks)
                 for index in range(done, walk.blocks):
-                    after, found = _calibrate_block(walk, index, ahead.take(index), stream, ranks)
+                    with enough_memory(f"calibrate {block_name(index)}"):
+                        after, found = _calibrate_block(walk, index, ahead.take(index), stream, ranks)
                     behind.write(partial(_publish_block, source, journal, index, (stream, after), found, ranks))
                     stream = after
                     progress.advance(index + 1)
@@ -263,6 +264,7 @@ def _publish_block(
 ) -> None:
     """Put a block's statistics and the stream after it on disk and into the journal."""
     before, after = streams
+    before.settle()
     after.settle()
     ranks.arrive(f"calibrated-{index}")
     if not ranks.first:
@@ -272,7 +274,7 @@ def _publish_block(
     if source.fingerprint() != journal.identity["model"]:
         raise InputError(f"{source.name} changed while it was read", f"Delete {journal.directory} and run again")
     journal.publish({"block": index, "file": record.file, "sha256": record.sha256})
-    before.path.unlink(missing_ok=True)
+    before.remove()
 
 
 class _Collector:

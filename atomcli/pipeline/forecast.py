@@ -85,7 +85,7 @@ class Shallow(Source):
         return self.whole.read(name)
 
 
-class _Watch:
+class Stopwatch:
     """A progress that writes down how long each step of each stage took."""
 
     def __init__(self) -> None:
@@ -148,15 +148,15 @@ def _trial(
 ) -> tuple[dict[str, list[float]], int, int | None]:
     """Seconds of every step of each stage, and the peaks of the host's and the GPU's memory."""
     tokens = torch.randint(walk.config.vocab_size, (samples, length), generator=torch.Generator().manual_seed(0))
-    watch, cuda = _Watch(), walk.device.type == "cuda"
-    _forget_peak()
+    watch, cuda = Stopwatch(), walk.device.type == "cuda"
+    forget_host_peak()
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(walk.device)
     with tempfile.TemporaryDirectory(dir=scratch, prefix="atom-plan-") as directory, _unsaid():
         compress(source, recipe, Path(directory) / "trial", tokens=tokens, device=walk.device, progress=watch)
     peak = torch.cuda.max_memory_reserved(walk.device) if cuda else None
-    return watch.steps, _host_peak(), peak
+    return watch.steps, host_peak(), peak
 
 
 def _whole(steps: list[float], blocks: int) -> float:
@@ -226,14 +226,14 @@ def _hash_rate() -> float:
     return _HASHED / (time.monotonic() - started)
 
 
-def _forget_peak() -> None:
+def forget_host_peak() -> None:
     """Let Linux count the process's largest size from here on."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _host_peak() -> int:
-    """The process's largest size since `_forget_peak`; its present size where the system doesn't keep it."""
+def host_peak() -> int:
+    """The process's largest size since `forget_host_peak`; its present size where the system doesn't keep it."""
     with suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text().splitlines()
         return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) << 10

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -19,6 +20,8 @@ from torch import Tensor
 _SHARE = 1 / 16
 # Slots whose copies in the host's memory wait for the disk; the work waits for the oldest when there are more.
 WAITING = 8
+# One thread writes 4 GB a second into an ext4's page cache, four into a file each 14 (16 cores of an H100's host).
+_WRITERS = 4
 
 
 class Held:
@@ -31,7 +34,7 @@ class Held:
         self.device, self.limit = device, limit
         self._slots: dict[int, Tensor] = {}
         self._full = False
-        self._pool = ThreadPoolExecutor(1, "atom")
+        self._pool = ThreadPoolExecutor(_WRITERS, "atom")
         self._waiting: deque[tuple[Path, Future[None]]] = deque()
 
     def slot(self, rows: range) -> Tensor | None:
@@ -67,6 +70,11 @@ class Held:
         self._slots.clear()
         return held
 
+    def make_room(self, needed: int) -> None:
+        """Hold nothing from here on where the device has fewer than `needed` bytes left."""
+        if free_bytes(self.device) < needed:
+            self.release()
+
     def copy_out(self, slot: Tensor, path: Path, write: Callable[[Tensor], None]) -> None:
         """Begin to `write` a copy of a slot, which the next block will change, to its file."""
         while len(self._waiting) >= WAITING:
@@ -88,6 +96,13 @@ class Held:
         for of, writing in list(self._waiting):
             if of == path:
                 writing.result()
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes of a device that nobody uses, those that torch keeps for later included."""
+    if device.type != "cuda":
+        return int(psutil.virtual_memory().available)
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def held_on(device: torch.device) -> Held | None:

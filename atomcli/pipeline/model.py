@@ -49,13 +49,17 @@ class Walk:
         return self.place(self.load(index))
 
     def load(self, index: int) -> dict[str, Tensor]:
-        """The tensors of one block in the host's memory, by their names in the block."""
-        return {name: self.source.read(disk) for name, disk in self._names(index).items()}
+        """The tensors of one block in the host's memory, by their names in the block; pinned where a GPU takes them."""
+        tensors = {name: self.source.read(disk) for name, disk in self._names(index).items()}
+        if self.device.type == "cuda":
+            # The copy that costs time is made here, which is beside the work, and not when the block is due.
+            return {name: tensors.pop(name).pin_memory() for name in list(tensors)}
+        return tensors
 
     def place(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors of the host on the device; `tensors` is emptied, so that none is held twice."""
         # The copy is aligned as torch aligns: products may differ in the last bit by where their operands lie.
-        return {name: tensors.pop(name).to(self.device, copy=True) for name in list(tensors)}
+        return {name: tensors.pop(name).to(self.device, copy=True, non_blocking=True) for name in list(tensors)}
 
     def check_small_tensors(self) -> None:
         """Read the norms, biases and routers of all blocks; InputError naming one that holds NaN or Inf.

@@ -43,8 +43,8 @@ def pass_through(
 
 
 def drop(stream: Stream, ranks: Ranks) -> None:
-    """Delete a stream's file when every process is done with it."""
+    """Delete a generation when every process is done with it."""
     stream.settle()
     ranks.wait()
     if ranks.first:
-        stream.path.unlink(missing_ok=True)
+        stream.remove()

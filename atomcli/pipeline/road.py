@@ -19,18 +19,18 @@ import torch
 from torch import Tensor, nn
 
 from atomcli.checkpoint.writer import shard_file, write_shard
-from atomcli.errors import InputError, RunError
+from atomcli.errors import InputError
 from atomcli.models.tensors import block_name
 from atomcli.pipeline import check, pack
 from atomcli.pipeline.ahead import Ahead, Behind
 from atomcli.pipeline.calibrate import Calibration, Statistics
-from atomcli.pipeline.held import Held, held_on
+from atomcli.pipeline.held import Held, free_bytes, held_on
 from atomcli.pipeline.hessians import Hessian, InputsSeen, Target, pooled, watched
 from atomcli.pipeline.parameters import Outcome, cache_tensors, fold, input_ranges, quantize_block, targets
 from atomcli.pipeline.passes import drop, pass_through, write_embedded
 from atomcli.pipeline.ranks import Ranks, owners
 from atomcli.pipeline.shares import share_linears
-from atomcli.pipeline.stream import AtOnce, Stream, is_out_of_memory, run
+from atomcli.pipeline.stream import AtOnce, Stream, enough_memory, run
 from atomcli.runtime.decoder import build_block
 
 if TYPE_CHECKING:
@@ -58,9 +58,9 @@ class Streams:
         self.checkpoint = stream("checkpoint", proof)
 
     def remove(self) -> None:
-        """Delete their files."""
+        """Delete them."""
         for stream in (self.calibration, self.parent, self.checkpoint):
-            stream.path.unlink(missing_ok=True)
+            stream.remove()
 
 
 class Road:
@@ -83,7 +83,7 @@ class Road:
     def working(self) -> Iterator[None]:
         """Read ahead and write behind while this lasts; what was computed is on disk when it ends."""
         with ThreadPoolExecutor(2, "atom") as pool:
-            self._ahead, self._behind = Ahead(self.walk, pool), Behind(pool)
+            self._ahead, self._behind = Ahead(self.walk, pool, self._held), Behind(pool)
             try:
                 yield
                 self._behind.settle()
@@ -109,8 +109,12 @@ class Road:
     def block(self, index: int, journal: Journal) -> dict[str, Any]:
         """Quantize block `index`; its shard and the streams after it are on disk, and in the journal, a little later.
 
-        Returns its journal step.
+        Returns its journal step. RunError when memory doesn't suffice.
         """
+        with enough_memory(f"quantize {block_name(index)}"):
+            return self._block(index, journal)
+
+    def _block(self, index: int, journal: Journal) -> dict[str, Any]:
         started = time.monotonic()
         assert self._ahead is not None
         walk, before, after = self.walk, self.streams(index), self.streams(index + 1)
@@ -148,8 +152,8 @@ class Road:
         ranks, where = self.ranks, f"block-{index}"
 
         def write() -> None:
-            if self.with_hessians and index + 1 < self.walk.blocks:
-                after.calibration.settle()
+            before.calibration.settle()
+            after.calibration.settle()
             ranks.arrive(where)
             if not ranks.first:
                 return
@@ -185,18 +189,10 @@ class Road:
             hessians = self._hessians(block, index, found, owned, statistics, before.calibration)
             together = pooled(found, hessians, owned, ranks)
         outcomes: list[Outcome] = []
-        try:
-            for done, place in enumerate(mine):
-                if hessians is not None:
-                    _make_room(hessians, mine[done:], walk.device, self._held)
-                outcomes += quantize_block(block, index, found, hessians, self.recipe, together, [place])
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise RunError(
-                f"Memory does not suffice to quantize {block_name(index)}",
-                "Take a larger machine; finished blocks are kept",
-            ) from error
+        for done, place in enumerate(mine):
+            if hessians is not None:
+                _make_room(hessians, mine[done:], walk.device, self._held)
+            outcomes += quantize_block(block, index, found, hessians, self.recipe, together, [place])
         return share_linears(block, found, owned, outcomes, ranks)
 
     def _hessians(
@@ -211,6 +207,8 @@ class Road:
         """The Hessians of the targets that this process owns, over all sequences; None for the others'."""
         walk, ranks, samples = self.walk, self.ranks, self.tokens.shape[0]
         forced = _forced(found, statistics, samples)
+        if self._held is not None:
+            self._held.make_room(sum(8 * each.layout.in_features**2 for each in found))
         wholes = [
             Hessian(target.layout.in_features, walk.device) if owner == ranks.rank else None
             for target, owner in zip(found, owned, strict=True)
@@ -274,17 +272,12 @@ def _make_room(hessians: list[Hessian | None], waiting: list[int], device: torch
     first, *others = (hessians[place] for place in waiting)
     assert first is not None
     needed = _WORKSPACE * first.total.nbytes
-    if _free(device) < needed and held is not None:
-        held.release()
+    if held is not None:
+        held.make_room(needed)
     for other in reversed(others):
-        if other is not None and other.total.is_cuda and _free(device) < needed:
+        if other is not None and other.total.is_cuda and free_bytes(device) < needed:
             other.total = other.total.cpu()
     first.total = first.total.to(device)
-
-
-def _free(device: torch.device) -> int:
-    """Bytes of a GPU that nobody uses, those that torch keeps for later included."""
-    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def _cost(block: nn.Module, target: Target) -> float:

@@ -1,7 +1,8 @@
 """The stream: hidden states of the calibration sequences between two blocks, kept in files.
 
-Each generation of the stream is one file, written from front to back and read in chunks of a few sequences. The page
-cache keeps it in memory as long as there is room, and a full disk is an error instead of a crash.
+Each generation of the stream has a file for each slot of sequences, written from front to back and read in chunks of a
+few sequences: processes and threads that write at once would wait for one another in one file. The page cache keeps
+them in memory as long as there is room, and a full disk is an error instead of a crash.
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ _ALIGNMENT = 512
 
 
 class Stream:
-    """Hidden states (sequences, tokens, hidden) in `dtype`, in one file; or those of some of the sequences (`rows`).
+    """Hidden states (sequences, tokens, hidden) in `dtype`, or those of some of the sequences (`rows`).
 
-    What `held` has of them is read from there; it is of the generation that was written last.
+    `path` names the generation. What is written as one part is read as that part, from a file of its own. What `held`
+    has of it is read from there; it is of the generation that was written last.
     """
 
     def __init__(
@@ -59,8 +61,21 @@ class Stream:
         return Stream(path, self.shape, self.dtype, self.rows, self.held)
 
     @property
-    def _row_bytes(self) -> int:
-        return math.prod(self.shape[1:]) * self.dtype.itemsize
+    def file(self) -> Path:
+        """Where these sequences are."""
+        if len(self.rows) == self.shape[0]:
+            return self.path
+        return self.path.with_name(f"{self.path.stem}.{self.rows.start:05d}{self.path.suffix}")
+
+    def remove(self) -> None:
+        """Delete a generation: the files of all parts."""
+        self.settle()
+        for file in (self.path, *self.path.parent.glob(f"{self.path.stem}.*{self.path.suffix}")):
+            file.unlink(missing_ok=True)
+
+    @property
+    def _bytes(self) -> int:
+        return len(self.rows) * math.prod(self.shape[1:]) * self.dtype.itemsize
 
     def chunks(self, sequences: int) -> Iterator[Tensor]:
         """The hidden states, `sequences` at a time, each (n, tokens, hidden); InputError when the file is damaged."""
@@ -68,14 +83,14 @@ class Stream:
             yield from (chunk.clone() if chunk.data_ptr() % _ALIGNMENT else chunk for chunk in slot.split(sequences))
             return
         self.settle()
-        row = self._row_bytes
-        if not self.path.is_file() or self.path.stat().st_size != self.shape[0] * row:
+        if not self.rows:
+            return
+        if not self.file.is_file() or self.file.stat().st_size != self._bytes:
             raise InputError(
-                f"{self.path}, which the journal mentions, is missing or has the wrong size",
+                f"{self.file}, which the journal mentions, is missing or has the wrong size",
                 f"Delete {self.path.parent} and run the same command again",
             )
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(self.rows.start * row)
+        with self.file.open("rb", buffering=0) as file:
             for start in range(0, len(self.rows), sequences):
                 rows = min(sequences, len(self.rows) - start)
                 chunk = torch.empty(rows, *self.shape[1:], dtype=self.dtype)
@@ -83,7 +98,7 @@ class Stream:
                 while filled < len(view):
                     read = file.readinto(view[filled:])
                     if not read:
-                        raise InputError(f"{self.path} ended while it was read", "Run the same command again")
+                        raise InputError(f"{self.file} ended while it was read", "Run the same command again")
                     filled += read
                 yield chunk
 
@@ -93,6 +108,8 @@ class Stream:
         Without `sync` the caller calls `settle` before it relies on the file.
         """
         slot = self.held.room(self.rows, self.shape[1:], self.dtype) if self.held is not None else None
+        if not self.rows:
+            return
         written = self._write_to_file(chunks, where) if slot is None else self._hold(slot, chunks, where)
         if written != len(self.rows):
             raise RunError(f"{where} put out {written} sequences of hidden states instead of {len(self.rows)}")
@@ -110,7 +127,7 @@ class Stream:
         self.held.keep(self.rows, slot)
 
         def write(copy: Tensor) -> None:
-            with self._file() as file:
+            with self._opened() as file:
                 _write_all(file, copy.view(-1))
 
         self.held.copy_out(slot, self.path, write)
@@ -119,7 +136,7 @@ class Stream:
     def _write_to_file(self, chunks: Iterator[Tensor], where: str) -> int:
         """Write all chunks, each while the next is computed; returns their sequences."""
         written = 0
-        with self._file() as file, ThreadPoolExecutor(1, "atom") as pool:
+        with self._opened() as file, ThreadPoolExecutor(1, "atom") as pool:
             writing: Future[None] | None = None
             for chunk in chunks:
                 check_finite(chunk, where)
@@ -133,21 +150,17 @@ class Stream:
         return written
 
     @contextmanager
-    def _file(self) -> Iterator[FileIO]:
-        """The file, as long as it will be and at the first of its sequences: each process writes its own part."""
-        total, position = len(self.rows) * self._row_bytes, self.rows.start * self._row_bytes
-        missing = total
+    def _opened(self) -> Iterator[FileIO]:
+        """The file, to be written; RunError says how much of it the disk didn't take."""
+        missing = self._bytes
         try:
-            handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-            with os.fdopen(handle, "r+b", buffering=0) as file:
-                file.truncate(self.shape[0] * self._row_bytes)
-                file.seek(position)
+            with self.file.open("wb", buffering=0) as file:
                 try:
                     yield file
                 finally:
-                    missing -= file.tell() - position
+                    missing -= file.tell()
         except OSError as error:
-            raise write_error(self.path, error, total, missing) from error
+            raise write_error(self.file, error, self._bytes, missing) from error
 
     def settle(self) -> None:
         """Wait until all that was written is in the file, where a process that dies can't lose it."""
@@ -158,10 +171,10 @@ class Stream:
         """Make what was written survive a power cut as well; RunError when the disk doesn't take it."""
         self.settle()
         try:
-            with self.path.open("rb") as file:
+            with self.file.open("rb") as file:
                 os.fsync(file.fileno())
         except OSError as error:
-            raise write_error(self.path, error, 0, 0) from error
+            raise write_error(self.file, error, 0, 0) from error
 
 
 def _write_all(file: FileIO, values: Tensor) -> None:
@@ -241,6 +254,19 @@ def run(
                     waiting[:0] = piece.split(limit.sequences)
                 else:
                     yield output
+
+
+@contextmanager
+def enough_memory(task: str) -> Iterator[None]:
+    """RunError saying that memory doesn't suffice to do `task`, where it runs out and nothing smaller can be tried."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RunError(
+            f"Memory does not suffice to {task}: {_short(error)}", "Take a larger machine; finished blocks are kept"
+        ) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

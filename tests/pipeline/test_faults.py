@@ -56,7 +56,7 @@ def test_a_file_size_limit_is_said_and_the_run_continues_after_it(parent, tokens
     source = parent(**LAYERS)
     make(source, tmp_path / "whole", tokens)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for limit in (100, 8_000, 20_000):  # tokens, a stream, a shard
+    for limit in (100, 4_000, 20_000):  # tokens, a stream, a shard
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
         try:
             with pytest.raises(RunError, match="can't be written"):

@@ -141,8 +141,8 @@ def test_finished_blocks_are_not_done_again(parent, tokens, tmp_path, monkeypatc
     arguments = {"tokens": tokens, "device": "cpu"}
     with pytest.raises(Interrupted):
         compress(parent(**LAYERS), small_recipe(), tmp_path / "out", **arguments)
-    streams = sorted(path.name for path in (tmp_path / "out.unfinished").glob("*.stream"))
-    assert streams == [f"{name}-00002.stream" for name in ("calibration", "checkpoint", "parent")]
+    streams = {path.name.split(".")[0] for path in (tmp_path / "out.unfinished").glob("*.stream")}
+    assert streams == {f"{name}-00002" for name in ("calibration", "checkpoint", "parent")}
     compress(parent(**LAYERS), small_recipe(), tmp_path / "out", **arguments)
     assert done == [0, 1, 2, 2, 3]
 

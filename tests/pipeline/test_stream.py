@@ -49,12 +49,15 @@ def test_what_is_held_is_in_the_file_as_well(tmp_path):
     stream = held_stream(tmp_path / "s", held)
     for rows in (range(2), range(2, 6)):
         stream.part(rows).write(iter(x[rows.start : rows.stop].split([1] * len(rows))), "test", sync=False)
-    stream.sync()
+    stream.settle()
     for rows in (range(2), range(2, 6)):
         assert held.slot(rows) is not None
-        assert torch.equal(torch.cat(list(stream.part(rows).chunks(3))), x[rows.start : rows.stop])
-    assert torch.equal(torch.cat(list(held_stream(tmp_path / "s", None).chunks(4))), x)
+        for source in (stream, held_stream(tmp_path / "s", None)):
+            assert torch.equal(torch.cat(list(source.part(rows).chunks(3))), x[rows.start : rows.stop])
     assert list(stream.part(range(0)).chunks(1)) == []
+    assert len(list(tmp_path.iterdir())) == 2
+    stream.remove()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_generation_takes_the_place_of_the_one_before_in_memory_and_not_in_its_file(tmp_path):

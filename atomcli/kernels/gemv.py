@@ -26,7 +26,7 @@ SHARED_LIMIT = 227 << 10
 def why_not(weight: GemmWeight, processors: int) -> str | None:
     """Why the kernel can't multiply this weight, or None where it can."""
     rows, channels = weight.shape
-    slices = _slices(rows, processors)
+    slices = _slices(rows, processors, gates(rows))
     if slices * SLICE > THREADS:
         return f"a block finishes at most {THREADS} output channels, not {slices * SLICE}"
     if _shared_bytes(weight, slices, channels) > SHARED_LIMIT:
@@ -44,8 +44,12 @@ def linear(
     other: Tensor | None = None,
     norm_weight: Tensor | None = None,
     epsilon: float = 0.0,
+    gated: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """y (1, out_features) of the row x (1, in_features) bf16 or fp16, and x + other of the prologue "add_norm".
+
+    `gated`: the weight is a gate's and under it as many ups, y (1, out_features / 2) is silu(gate) * up; `gates` says
+    where that is possible.
 
     prologue, other, norm_weight, epsilon: what is done to x before it is quantized, as in kernels/quantize.py. bias
     (out_features,) fp32. Raises UsageError for more tokens or another dtype.
@@ -56,14 +60,19 @@ def linear(
     y, total = torch.ops.atom.gemv(
         x, other, norm_weight, layout.table, layout.body, layout.hadamard, prologue, format.element, format.group,
         format.scale, format.symmetric, format.clip, epsilon, weight.body, weight.outliers, weight.row_scale,
-        weight.outlier_row_scale, bias, weight.bits, weight.shape[0],
+        weight.outlier_row_scale, bias, weight.bits, weight.shape[0], gated,
     )  # fmt: skip
     return y, total
 
 
+def gates(rows: int) -> bool:
+    """Whether the kernel can put out silu(gate) * up of a gate and ups of `rows` output channels together."""
+    return rows % (2 * SLICE) == 0
+
+
 def plan(
     x: Tensor, other: Tensor | None, norm_weight: Tensor | None, table: Tensor | None, body: int, hadamard: bool,
-    prologue: Prologue, format: ActivationFormat, bits: int,
+    prologue: Prologue, format: ActivationFormat, bits: int, gated: bool = False,
 ) -> Launch:  # fmt: skip
     """What is compiled in: the quantization of a single row by one block of THREADS threads."""
     channels = x.shape[1]
@@ -72,30 +81,30 @@ def plan(
     how = quantize.plan(
         1, channels, body, x.dtype, format, prologue, "s8", None if table is None else table.dtype, hadamard, aligned
     )
-    return how._replace(
-        defines={**how.defines, "THREADS": THREADS, "WEIGHT_BITS": bits, "STAGES": STAGES}, threads=THREADS
-    )
+    own = {"THREADS": THREADS, "WEIGHT_BITS": bits, "STAGES": STAGES, "GATED": int(gated)}
+    return how._replace(defines={**how.defines, **own}, threads=THREADS)
 
 
 def launch(
     load: Loader, x: Tensor, other: Tensor | None, norm_weight: Tensor | None, table: Tensor | None, body: int,
     hadamard: bool, prologue: Prologue, format: ActivationFormat, epsilon: float, weight: GemmWeight,
-    bias: Tensor | None, y: Tensor, total: Tensor, processors: int,
+    bias: Tensor | None, y: Tensor, total: Tensor, processors: int, gated: bool = False,
 ) -> None:  # fmt: skip
     """Run the kernel that `load` gives: a block on each processor, or on as many as there are slices."""
     rows, channels = weight.shape
-    grid = min(processors, _slices(rows, 1))
-    how = plan(x, other, norm_weight, table, body, hadamard, prologue, format, weight.bits)
-    load(how._replace(shared_bytes=_shared_bytes(weight, _slices(rows, grid), channels))).launch(
+    grid = min(processors, _slices(rows, 1, gated))
+    how = plan(x, other, norm_weight, table, body, hadamard, prologue, format, weight.bits, gated)
+    load(how._replace(shared_bytes=_shared_bytes(weight, _slices(rows, grid, gated), channels))).launch(
         grid, THREADS, x, other, norm_weight, table, total if prologue == "add_norm" else None, weight.body,
         weight.outliers, weight.row_scale, weight.outlier_row_scale, bias, y, rows, channels, body,
         float(format.clip), *quantize.factors(format), float(epsilon), 0, overlap=True,
     )  # fmt: skip
 
 
-def _slices(rows: int, blocks: int) -> int:
-    """Slices of the block that has the most."""
-    return -(-rows // (SLICE * blocks))
+def _slices(rows: int, blocks: int, gated: bool) -> int:
+    """Slices of the block that has the most; a gate's and its ups' go to the same."""
+    together = 2 if gated else 1
+    return together * -(-rows // (together * SLICE * blocks))
 
 
 def _shared_bytes(weight: GemmWeight, slices: int, channels: int) -> int:
@@ -114,27 +123,27 @@ def _gemv(
     x: Tensor, other: Tensor | None, norm_weight: Tensor | None, table: Tensor | None, body: int, hadamard: bool,
     prologue: str, element: str, group: int | None, scale: str, symmetric: bool, clip: float, epsilon: float,
     weights: Tensor, outliers: Tensor | None, row_scale: Tensor, outlier_row_scale: Tensor | None,
-    bias: Tensor | None, bits: int, rows: int,
+    bias: Tensor | None, bits: int, rows: int, gated: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     quantize.check(x, other, norm_weight, 8)
     format = ActivationFormat(element, group, scale, symmetric, clip)  # type: ignore[arg-type]
-    y, total = outputs(x, prologue, rows)
+    y, total = outputs(x, prologue, rows, gated)
     weight = GemmWeight(
         "w4" if bits == 4 else "w8", (rows, x.shape[1]), weights, row_scale, outliers, outlier_row_scale
     )
     launch(
         lambda how: compiler.load_kernel(SOURCE, ENTRY, x.device, how.defines, how.shared_bytes),
         x, other, norm_weight, table, body, hadamard, prologue, format, epsilon, weight, bias, y, total,  # type: ignore[arg-type]
-        compiler.multiprocessors(x.device),
+        compiler.multiprocessors(x.device), gated,
     )  # fmt: skip
     return y, total
 
 
 @_gemv.register_fake
 def _gemv_fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return outputs(x, rest[5], rest[-1])
+    return outputs(x, rest[5], rest[-2], rest[-1])
 
 
-def outputs(x: Tensor, prologue: str, rows: int) -> tuple[Tensor, Tensor]:
+def outputs(x: Tensor, prologue: str, rows: int, gated: bool = False) -> tuple[Tensor, Tensor]:
     """Room for y and for x + other, which is empty but after "add_norm"."""
-    return x.new_empty((1, rows)), x.new_empty(x.shape if prologue == "add_norm" else (0,))
+    return x.new_empty((1, rows // 2 if gated else rows)), x.new_empty(x.shape if prologue == "add_norm" else (0,))

@@ -40,9 +40,9 @@ struct Consumer {
         else multiply_in_long_sums(sums, blocks);
     }
 
-    // With two fragments one batch of MMAs stays in flight while the
-    // next block is unpacked; a stage is given back when nothing that reads it is in flight. The assembler follows
-    // MMAs in flight only through straight code: stages that are not full come last, one at a time.
+    // With two fragments one batch of MMAs stays in flight while the next block is unpacked; a stage is given back when
+    // nothing that reads it is in flight. The assembler follows MMAs in flight only through straight code: stages that
+    // are not full come last, one at a time.
     template <class Number, int COUNT> INLINE void multiply_in_long_sums(Number (&sums)[COUNT], int blocks) {
         constexpr int TOGETHER = FRAGMENTS > VISITS ? FRAGMENTS / VISITS : 1;  // stages, so that fragments have constant indices
         Fragment fragments[FRAGMENTS];

@@ -36,8 +36,6 @@ TILES = (
     Tile(32, 2, 2, 6, 2, split="all", fragments=1),
     Tile(64, 1, 2, 5, 2, split="all", blocks=128, fragments=2),
     Tile(64, 2, 1, 5, 2, split="all", fragments=2),
-    Tile(64, 2, 2, 4, 2, split="all", fragments=1),
-    Tile(64, 1, 2, 5, 2, cluster=2, split="all", blocks=128, fragments=2),
     Tile(128, 2, 1, 5, split="all", fragments=2),
     Tile(128, 2, 1, 5, split="all", blocks=128, fragments=2),
     Tile(128, 2, 1, 5, split="none", fragments=2),

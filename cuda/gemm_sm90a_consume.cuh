@@ -11,17 +11,16 @@ struct Consumer {
     const Ring ring;
     Sum4* exchange;    // sums of the other K groups
     uint8* staging;    // two buffers of this warpgroup's output on its way from registers to memory
-    const int group, row_group, k_group, finisher, thread, warp, lane;
+    const int group, row_group, k_group, thread, warp, lane;
     RingPosition at;
 
     using Sums = Sum[TOKENS / 2];
-    using OwnSums = Sum[OWN_TOKENS / 2];  // of the tokens that this warpgroup finishes
 
     INLINE Consumer(const Problem& problem, const Place& place, const Ring& ring, uint8* shared, int group)
         : problem(problem), place(place), ring(ring), exchange(reinterpret_cast<Sum4*>(shared)), group(group),
-          row_group(group % ROW_GROUPS), k_group(group / ROW_GROUPS), finisher(FINISHERS > 1 ? k_group : 0),
-          thread(threadIdx.x % WARPGROUP), warp(thread / 32), lane(thread % 32) {
-        staging = shared + EXCHANGE_BYTES + (finisher * ROW_GROUPS + row_group) * 2 * STORE_TOKENS * STORE_PITCH;
+          row_group(group % ROW_GROUPS), k_group(group / ROW_GROUPS), thread(threadIdx.x % WARPGROUP),
+          warp(thread / 32), lane(thread % 32) {
+        staging = shared + EXCHANGE_BYTES + row_group * 2 * STORE_TOKENS * STORE_PITCH;
     }
 
     template <class Number, int COUNT> INLINE void multiply(Number (&sums)[COUNT], Fragment& fragment, int block) {
@@ -137,46 +136,30 @@ struct Consumer {
         mma_commit();
     }
 
-    // The K groups exchange their sums through shared memory: each of FINISHERS gets those of its own tokens.
-    INLINE void reduce_k_groups(OwnSums& own, const Sums& sums) {
-        constexpr int WARP_SUMS = OWN_TOKENS / 8 * 32;  // Sum4 of one warp
+    // Sums of the other K groups come to the first one through shared memory.
+    INLINE void reduce_k_groups(Sums& sums) {
+        constexpr int WARP_SUMS = TOKENS / 8 * 32;  // Sum4 of one warp
         constexpr int MEMBERS = K_GROUPS * WARPGROUP;
-        const auto between = [&](int giver, int reader) {
-            const int pair = reader * (K_GROUPS - 1) + (giver < reader ? giver : giver - 1);
-            return exchange + ((pair * ROW_GROUPS + row_group) * 4 + warp) * WARP_SUMS;
-        };
-        const auto share_of = [&](int reader) -> const OwnSums& { return reinterpret_cast<const OwnSums&>(sums[reader * (OWN_TOKENS / 2)]); };
+        const auto of = [&](int other) { return exchange + (((other - 1) * ROW_GROUPS + row_group) * 4 + warp) * WARP_SUMS; };
         named_barrier_sync(1 + row_group, MEMBERS);  // the last segment's sums have been read
-#pragma unroll
-        for (int reader = 0; reader < FINISHERS; ++reader)
-            if (reader != k_group) store_partial(between(k_group, reader), share_of(reader), lane);
+        if (k_group > 0) store_partial(of(k_group), sums, lane);
         named_barrier_sync(1 + row_group, MEMBERS);  // this one's have been written
-        if (k_group >= FINISHERS) return;
-#pragma unroll
-        for (int reader = 0; reader < FINISHERS; ++reader) {
-            if (reader != k_group) continue;
-#pragma unroll
-            for (int i = 0; i < OWN_TOKENS / 2; ++i) own[i] = share_of(reader)[i];
-        }
-#pragma unroll
-        for (int giver = 0; giver < K_GROUPS; ++giver)
-            if (giver != k_group) add_partial(own, between(giver, k_group), lane);
+        if (k_group > 0) return;
+        for (int other = 1; other < K_GROUPS; ++other) add_partial(sums, of(other), lane);
     }
 
-    INLINE Sum4* partial(int block) const {
-        return problem.partials + (((block * ROW_GROUPS + row_group) * FINISHERS + finisher) * 4 + warp) * (OWN_TOKENS / 8 * 32);
-    }
-    INLINE int* flag(int block) const { return problem.flags + ((block * ROW_GROUPS + row_group) * FINISHERS + finisher) * 4 + warp; }
+    INLINE Sum4* partial(int block) const { return problem.partials + ((block * ROW_GROUPS + row_group) * 4 + warp) * (TOKENS / 8 * 32); }
+    INLINE int* flag(int block) const { return problem.flags + (block * ROW_GROUPS + row_group) * 4 + warp; }
 
     // Warps exchange with the same warp of the other block: no barrier is wider than a warp.
-    INLINE void give(const OwnSums& sums) const {
+    INLINE void give(const Sums& sums) const {
         store_partial(partial(blockIdx.x), sums, lane);
         __syncwarp();
         if (lane == 0) raise_flag(flag(blockIdx.x));
     }
 
     // Adds what the clusters before this one have summed of the tile whose first unit is `tile_begin`.
-    INLINE void take(OwnSums& sums, int tile_begin) const {
+    INLINE void take(Sums& sums, int tile_begin) const {
         const int total = place.split_tiles() * problem.units();
         int begin = Schedule::run_begin(total, place.cluster, place.clusters);
         for (int cluster = place.cluster - 1; begin > tile_begin; --cluster) {
@@ -193,9 +176,8 @@ struct Consumer {
 
     // Scales the sums of a finished tile, adds the outlier channels and the bias, and stores, STORE_TOKENS at a time.
     // The outlier MMAs of the next tokens run while those of these are scaled.
-    template <bool OUTLIERS> INLINE void finish(const OwnSums& sums, const Segment& segment) {
+    template <bool OUTLIERS> INLINE void finish(const Sums& sums, const Segment& segment) {
         const Corner corner = place.corner(segment.tile);
-        const int own = finisher * OWN_TOKENS;  // the first of this warpgroup's tokens
         const int first_row = (corner.row_group + row_group) * BLOCK_ROWS;
         WeightFragment outlier_fragment;
         if (OUTLIERS) {
@@ -213,12 +195,12 @@ struct Consumer {
             bias[half] = problem.bias && first_row + row < problem.rows ? problem.bias[first_row + row] : 0.f;
         }
         int outlier_sums[2][STORE_TOKENS / 2];
-        if (OUTLIERS) multiply_outliers(outlier_sums[0], outlier_fragment, own);
+        if (OUTLIERS) multiply_outliers(outlier_sums[0], outlier_fragment, 0);
 #pragma unroll
-        for (int chunk = 0; chunk < OWN_TOKENS; chunk += STORE_TOKENS) {
+        for (int chunk = 0; chunk < TOKENS; chunk += STORE_TOKENS) {
             int(&outliers)[STORE_TOKENS / 2] = outlier_sums[chunk / STORE_TOKENS % 2];
-            if (OUTLIERS && chunk + STORE_TOKENS < OWN_TOKENS) {
-                multiply_outliers(outlier_sums[(chunk / STORE_TOKENS + 1) % 2], outlier_fragment, own + chunk + STORE_TOKENS);
+            if (OUTLIERS && chunk + STORE_TOKENS < TOKENS) {
+                multiply_outliers(outlier_sums[(chunk / STORE_TOKENS + 1) % 2], outlier_fragment, chunk + STORE_TOKENS);
                 mma_wait_for<1>(outliers);
             } else if (OUTLIERS) {
                 mma_wait_for<0>(outliers);
@@ -231,7 +213,7 @@ struct Consumer {
 #pragma unroll
                 for (int i = 0; i < TOGETHER; ++i) {
                     const int sum = (chunk / 8 + column + i) * 4, outlier_sum = (column + i) * 4;
-                    const int token = own + chunk + (column + i) * 8 + lane % 4 * 2;
+                    const int token = chunk + (column + i) * 8 + lane % 4 * 2;
                     const float2 scale = *reinterpret_cast<const float2*>(ring.scales(at.stage, TOKEN) + token);
                     float2 outlier_scale;
                     if (OUTLIERS) outlier_scale = *reinterpret_cast<const float2*>(ring.scales(at.stage, OUTLIER_TOKEN) + token);
@@ -251,8 +233,8 @@ struct Consumer {
                 store_matrices(buffer + token * STORE_PITCH + warp * 32 + lane / 8 % 2 * 16, matrix);
             }
             // Who is past this barrier has stored the chunk before: its buffer is free for the one after.
-            named_barrier_sync(STORE_BARRIER + finisher * ROW_GROUPS + row_group, WARPGROUP);
-            store_rows(buffer, first_row, corner.token + own + chunk, corner);
+            named_barrier_sync(STORE_BARRIER + row_group, WARPGROUP);
+            store_rows(buffer, first_row, corner.token + chunk, corner);
         }
         pass_stage();
     }
@@ -301,27 +283,22 @@ struct Consumer {
 #pragma unroll
             for (int i = 0; i < TOKENS / 2; ++i) sums[i] = 0;
             multiply_blocks(sums, min(segment.last, problem.blocks) - min(segment.first, problem.blocks));
-            if constexpr (K_GROUPS == 1) {
-                conclude(reinterpret_cast<OwnSums&>(sums), segment, schedule);
-            } else {
-                OwnSums own;
-                reduce_k_groups(own, sums);
-                if (k_group < FINISHERS) conclude(own, segment, schedule);
-                else if (finishes) for (int unit = problem.blocks; unit < problem.units(); ++unit) pass_full_stage();
+            if (K_GROUPS > 1) reduce_k_groups(sums);
+            if (k_group > 0) {
+                for (int unit = problem.blocks; finishes && unit < problem.units(); ++unit) {
+                    ring.wait_full(at);
+                    pass_stage();
+                }
+                continue;
             }
+            if (!finishes) {
+                give(sums);
+                continue;
+            }
+            const int split_tile = segment.tile - schedule.whole;
+            if (split_tile >= 0 && segment.first > 0) take(sums, split_tile * schedule.units);
+            if (TAKES_OUTLIERS && problem.outlier_weights) finish<true>(sums, segment);
+            else finish<false>(sums, segment);
         }
-    }
-
-    INLINE void pass_full_stage() {
-        ring.wait_full(at);
-        pass_stage();
-    }
-
-    INLINE void conclude(OwnSums& sums, const Segment& segment, const Schedule& schedule) {
-        if (segment.last != problem.units()) return give(sums);
-        const int split_tile = segment.tile - schedule.whole;
-        if (split_tile >= 0 && segment.first > 0) take(sums, split_tile * schedule.units);
-        if (TAKES_OUTLIERS && problem.outlier_weights) finish<true>(sums, segment);
-        else finish<false>(sums, segment);
     }
 };

@@ -106,18 +106,13 @@ INLINE void produce_activations(const Problem& problem, const Place& place, cons
             barrier_arrive_expecting(full, operand);
         }
         if (operand == 0) continue;
-        const bool gapless = problem.padded_tokens == TOKENS && tokens == TOKENS;  // planes follow each other in memory
-        if (CLUSTER > 1 && gapless) {
-            // Each block of the cluster copies its share to all of them.
-            const int share = operand / CLUSTER, offset = place.rank * share;
-            bulk_copy_multicast(ring.activations(at.stage) + offset, source + offset, share, full, (1 << CLUSTER) - 1, policy);
-            source += operand;
-        } else if (CLUSTER > 1) {  // its share of the tokens
+        if (CLUSTER > 1) {
+            // Each block of the cluster copies its share of the tokens to all of them.
             constexpr int SHARE = TOKENS / CLUSTER;
             const int offset = place.rank * SHARE * 128, bytes = min(SHARE, tokens - place.rank * SHARE) * 128;
             for (int plane = 0; plane < planes && bytes > 0; ++plane, source += plane_bytes)
                 bulk_copy_multicast(ring.plane(at.stage, plane) + offset, source + offset, bytes, full, (1 << CLUSTER) - 1, policy);
-        } else if (gapless) {
+        } else if (problem.padded_tokens == TOKENS && tokens == TOKENS) {  // then planes follow each other without a gap
             bulk_copy(ring.activations(at.stage), source, operand, full, policy);
             source += operand;
         } else {

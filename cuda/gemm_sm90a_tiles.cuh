@@ -5,7 +5,7 @@
 #include "store.cuh"
 #include "unpack.cuh"
 
-// TOKENS, ROW_GROUPS, K_GROUPS, FINISHERS, STAGES, STAGE_BLOCKS, CLUSTER, BLOCKS_PER_SM, FRAGMENTS, EXPERTS and OUTPUT come from
+// TOKENS, ROW_GROUPS, K_GROUPS, STAGES, STAGE_BLOCKS, CLUSTER, BLOCKS_PER_SM, FRAGMENTS, EXPERTS and OUTPUT come from
 // the compiler's command line. With two FRAGMENTS a warpgroup unpacks its next block while the MMAs of the last one run.
 __device__ constexpr int min_of(int a, int b) { return a < b ? a : b; }
 using Sum4 = FourOf<Sum>::Type;
@@ -23,16 +23,15 @@ static_assert(STAGE_BLOCKS % K_GROUPS == 0 && (VISITS == 1 || VISITS == 2), "a w
 
 constexpr int PLANE_BYTES = TOKENS * 128;              // 128 bytes of each token: what one swizzled operand is wide
 constexpr int OPERAND_BYTES = PLANES * PLANE_BYTES;    // activations of one block
-constexpr bool TAKES_OUTLIERS = PLANES == 1 && SUMMED_BLOCKS == 0;           // they are INT8, as the body's operands must be then
+constexpr bool TAKES_OUTLIERS = PLANES == 1 && SUMMED_BLOCKS == 0;  // they are INT8, as the body's operands must be then
 constexpr int STAGE_BYTES = (STAGE_BLOCKS * (OPERAND_BYTES + ROW_GROUPS * WEIGHT_BYTES) + 1023) / 1024 * 1024;
 static_assert(ROW_GROUPS * INT8_BLOCK_BYTES <= STAGE_BYTES, "a stage must hold the outlier weights of the tile");
 constexpr int EXCHANGE_BYTES = (K_GROUPS - 1) * ROW_GROUPS * BLOCK_ROWS * TOKENS * 4;
 // Tokens that are finished together: of the outlier MMA, whose two accumulators must fit beside the body's, and of the store.
-constexpr int OWN_TOKENS = TOKENS / FINISHERS;  // of a tile, which one warpgroup finishes
-constexpr int STORE_TOKENS = min_of(OWN_TOKENS, ROOMY && CLUSTER == 1 ? 32 : 16);
+constexpr int STORE_TOKENS = min_of(TOKENS, ROOMY && CLUSTER == 1 ? 32 : 16);
 constexpr int STORE_PITCH = BLOCK_ROWS * 2 + 16;  // of a token's channels; 16 more keep stmatrix free of bank conflicts
-constexpr int STORE_BYTES = ROW_GROUPS * FINISHERS * 2 * STORE_TOKENS * STORE_PITCH;
-constexpr int STORE_BARRIER = 8;  // the first of a named barrier for each finishing warpgroup; the exchange has those before it
+constexpr int STORE_BYTES = ROW_GROUPS * 2 * STORE_TOKENS * STORE_PITCH;
+constexpr int STORE_BARRIER = 8;  // the first of ROW_GROUPS named barriers; the exchange has those before it
 constexpr int SHARED_BYTES = 1024 + STAGES * STAGE_BYTES + EXCHANGE_BYTES + STORE_BYTES;  // 1024: to align the ring
 
 

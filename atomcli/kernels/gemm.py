@@ -106,8 +106,8 @@ def launch(
         row_tiles = row_groups // tile.row_groups
         grid, split_tiles = tile.blocks or processors * tile.blocks_per_sm, int(tile.split == "all")
     partials = flags = None
-    if split_tiles:  # a tile of sums for each block, and a flag for each of its warps that finish some
-        sums, warps = grid * tile.rows * tile.tokens, tile.row_groups * tile.finishers * 4
+    if split_tiles:  # a tile of sums for each block, and a flag for each of its warps
+        sums, warps = grid * tile.rows * tile.tokens, tile.row_groups * 4
         _, partials, flags = workspace(device, "gemm", sums, grid * warps, torch.int32)
     kernel.launch(
         grid, tile.threads, weight.body, weight.outliers, operand.codes, weight.row_scale, weight.outlier_row_scale,

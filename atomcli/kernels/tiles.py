@@ -16,7 +16,6 @@ class Tile:
     """The compile-time parameters of cuda/gemm_sm90a.cuh, and how tiles are dealt to the blocks of the grid.
 
     `split`: "none" deals whole tiles in turn, "remainder" cuts up those of the last wave, "all" cuts up every tile.
-    `finishers`: 1, or all of `k_groups`: then each finishes a share of the tokens.
     `blocks`: blocks of the grid; 0 for as many as fit on the card. `fragments`: 2 unpacks a block ahead, where 0 leaves
     it to the registers: two for few consumers or few tokens.
     """
@@ -31,7 +30,6 @@ class Tile:
     split: str = "none"
     blocks: int = 0
     fragments: int = 0
-    finishers: int = 1
 
     @property
     def rows(self) -> int:
@@ -52,13 +50,12 @@ class Tile:
         """Dynamic shared memory, by the same formula as in the source; `planes` of 128 bytes are a block of a token."""
         stage = self.stage_blocks * (self.tokens * BLOCK * planes + self.row_groups * weight_bytes)
         exchange = (self.k_groups - 1) * self.row_groups * ROW_GROUP * self.tokens * 4
-        stored_tokens = min(self.tokens // self.finishers, 32 if self.roomy and self.cluster == 1 else 16)
-        store = self.row_groups * self.finishers * 2 * stored_tokens * 144
+        store = self.row_groups * 2 * min(self.tokens, 32 if self.roomy and self.cluster == 1 else 16) * 144
         return 1024 + self.stages * (-(-stage // 1024) * 1024) + exchange + store
 
     def defines(self, output: torch.dtype, experts: int = 0) -> dict[str, int | str]:
         """What the source is compiled with; `experts` 0 for a single weight."""
-        names = ("tokens", "row_groups", "k_groups", "stages", "stage_blocks", "cluster", "finishers", "blocks_per_sm")
+        names = ("tokens", "row_groups", "k_groups", "stages", "stage_blocks", "cluster", "blocks_per_sm")
         fragments = self.fragments or (2 if self.roomy or self.tokens <= 16 else 1)
         parameters = {name.upper(): getattr(self, name) for name in names}
         return parameters | {"FRAGMENTS": fragments, "EXPERTS": experts, "OUTPUT": OUTPUTS[output]}

@@ -299,7 +299,6 @@ def _decode(
         attention_launch.launch_decode(
             attention_launch.load_on(device), query, pool, fmt, page_table, lengths, scaling, window,
             attention_launch.Biases(key_bias, value_bias, cos, sin, hadamard), out, settled=settled, **_card(device),
-            **_cluster(query, pool, page_table, page, key_bias),
         )  # fmt: skip
         return
     rope = None if cos is None or sin is None else (cos, sin)
@@ -322,7 +321,6 @@ def _append_decode(
         attention_launch.launch_decode(
             attention_launch.load_on(device), query, pool, fmt, page_table, lengths, scaling, window,
             attention_launch.Biases(value=value_bias), out, settled=settled, **_card(device),
-            **_cluster(query, pool, page_table, page, None),
             appended=attention_launch.Appended(key, value, cos.contiguous(), sin.contiguous(), slots, center, hadamard),
         )  # fmt: skip
         return
@@ -341,14 +339,6 @@ def _card(device: torch.device) -> dict[str, Any]:
         "processors": compiler.multiprocessors(device),
         "shared_limit": attention_launch.SHARED_LIMITS[arch],
     }
-
-
-def _cluster(query: Tensor, pool: Tensor, page_table: Tensor, page: int, key_bias: Tensor | None) -> dict[str, Any]:
-    """What makes a cluster of a sequence's parts, where that is quicker (so far: on the card where it was measured)."""
-    heads, kv_heads = query.shape[1], pool.shape[1]
-    if key_bias is not None or heads > 8 * kv_heads or compiler.architecture(query.device) != "90a":
-        return {}
-    return attention_launch.in_cluster(len(query), kv_heads, page_table.shape[1] * page)
 
 
 def _prefill(

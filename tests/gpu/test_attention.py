@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from atomcli.kernels import attention
+from atomcli.kernels import attention, attention_launch, compiler
 from atomcli.kernels import attention_reference as reference
 from atomcli.kernels.pages import Element, PageFormat
 from tests.kernels.attention_cases import Problem, problem, relative_error, rope_tables
@@ -172,7 +172,7 @@ def test_append_is_the_reference_bit_for_bit(element: Element, head_dim: int, to
 @pytest.mark.parametrize("hadamard", [False, True])
 @pytest.mark.parametrize("element", ELEMENTS)
 def test_a_token_appended_on_the_way(element: Element, hadamard: bool) -> None:
-    """One kernel gives what append and decode give, bit for bit: sequences in one part, in clusters, in many parts."""
+    """One kernel gives what append and decode give, bit for bit: sequences in one part and in many."""
     for lengths, head_dim, heads, kv_heads in (
         ([1, 0, 64, 65, 700], 128, 32, 8),
         ([1040], 64, 32, 32),
@@ -197,6 +197,35 @@ def test_a_token_appended_on_the_way(element: Element, hadamard: bool) -> None:
         out = attention.append_and_decode(together, case.fmt, *arguments, *rest, hadamard=hadamard, center=center)
         assert torch.equal(out, expected)
         assert torch.equal(together, apart)
+
+
+@pytest.mark.parametrize("appends", [False, True])
+@pytest.mark.parametrize("element", ELEMENTS)
+def test_the_parts_of_a_sequence_as_a_cluster(element: Element, appends: bool) -> None:
+    """They merge to what parts do that meet in memory, up to the order of sums, and store the same bytes."""
+    for length, heads, kv_heads in ((1, 8, 8), (129, 12, 4), (1040, 32, 32)):
+        case = problem(element, [length], head_dim=128, page=64, heads=heads, kv_heads=kv_heads)
+        token = torch.randn(1, heads + 2 * kv_heads, 128, device=DEVICE).bfloat16()
+        query, key, value = token.split([heads, kv_heads, kv_heads], dim=1)
+        angles, center = torch.rand(1, 64, device=DEVICE) * 100, torch.randn(kv_heads, 128, device=DEVICE)
+        place = int(case.page_table[0, (length - 1) // 64]) * 64 + (length - 1) % 64
+        slots = torch.tensor([place], device=DEVICE)
+        new = attention_launch.Appended(key, value, angles.cos(), angles.sin(), slots, center, True)
+        on_card = case.to(DEVICE)
+        outs, pools = [], []
+        for cluster in ({}, attention_launch.in_cluster(1, kv_heads, case.page_table.shape[1] * 64)):
+            pool, out = on_card.pool.clone(), torch.full_like(query, float("nan"))
+            attention_launch.launch_decode(
+                attention_launch.load_on(DEVICE), query, pool, case.fmt, on_card.page_table, on_card.lengths, SCALING,
+                None, attention_launch.NO_BIASES, out, appended=new if appends else None,
+                processors=compiler.multiprocessors(DEVICE), shared_limit=attention_launch.SHARED_LIMITS["90a"],
+                **cluster,
+            )  # fmt: skip
+            outs.append(out)
+            pools.append(pool)
+        assert cluster
+        assert relative_error(outs[1], outs[0].cpu()) < TOLERANCE
+        assert torch.equal(*pools)
 
 
 def test_a_request_alone_and_in_a_full_batch() -> None:

@@ -1,4 +1,4 @@
-// One instruction each: 16-bit floats to and from fp32, rounding to nearest even.
+// One instruction each: 16-bit floats to and from fp32, rounding to nearest even; two at once with the first in the low half.
 #pragma once
 
 __device__ __forceinline__ float half_to_float(unsigned short value) {
@@ -16,5 +16,17 @@ __device__ __forceinline__ unsigned short float_to_half(float value) {
 __device__ __forceinline__ unsigned short float_to_bfloat(float value) {
   unsigned short result;
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result) : "f"(value));
+  return result;
+}
+
+__device__ __forceinline__ float exp2_approximate(float value) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+  return result;
+}
+
+__device__ __forceinline__ float reciprocal_approximate(float value) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
   return result;
 }

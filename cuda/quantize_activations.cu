@@ -1,5 +1,5 @@
 // Quantizes the input of a linear layer and writes it as the operand that the GEMM reads (quantize_rows.cuh): one CTA for
-// TOKENS tokens, or a cluster of CLUSTER for one.
+// a token, or a cluster of CLUSTER. Many tokens of 16 bits have quantize_pairs.cu.
 
 #include "quantize_rows.cuh"
 
@@ -21,13 +21,13 @@ quantize_activations(const Input* x, const Input* other, const Input* norm_weigh
                      float clip, float token_factor, float group_factor, float epsilon, int unit_offset) {
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   Shared* shared = reinterpret_cast<Shared*>(shared_bytes);
-  Input* staged = reinterpret_cast<Input*>(shared_bytes + sizeof(Shared) * tokens_per_cta);
+  Input* staged = reinterpret_cast<Input*>(shared + 1);
 
   __shared__ unsigned long long landed;
   __shared__ uint2 maxima[ctas_per_token][32];  // of each warp of the cluster: of the body and of the outliers
 
   const unsigned rank = ctas_per_token > 1 ? rank_in_cluster() : 0;
-  const int first_token = blockIdx.x / ctas_per_token * tokens_per_cta;
+  const int token = blockIdx.x / ctas_per_token;
   const Shape shape(channels, body);
   const Lane lane(shape, rank);
 
@@ -38,15 +38,15 @@ quantize_activations(const Input* x, const Input* other, const Input* norm_weigh
     meet_cluster();
   }
   wait_for_previous_kernel();
-  if (first_token < tokens) {
-    size_t offset = (size_t)first_token * channels;
-    Rows rows = {x + (size_t)first_token * x_stride, other + (size_t)first_token * other_stride, norm_weight, residual_out + offset,
-                 row_out ? row_out + offset : nullptr, x_stride, other_stride, channels, min(tokens - first_token, tokens_per_cta), rank == 0};
-    stage_rows(staged, shared, rows, known.first_weight, epsilon, unit_offset);
+  if (token < tokens) {
+    const size_t offset = (size_t)token * channels;
+    const Row row = {x + (size_t)token * x_stride, other + (size_t)token * other_stride, norm_weight, residual_out + offset,
+                     row_out ? row_out + offset : nullptr, channels, rank == 0};
+    stage_row(staged, shared, row, known.first_weight, epsilon, unit_offset);
   } else {
-    for (int i = threadIdx.x; i < (channels + 1) * tokens_per_cta; i += blockDim.x) staged[i] = from_float<Input>(0.0f);
+    for (int i = threadIdx.x; i <= channels; i += blockDim.x) staged[i] = from_float<Input>(0.0f);
     __syncthreads();
   }
   const Operand to = {operand, outlier_operand, token_scale, outlier_scale, group_scales, padded_tokens};
-  quantize_staged(to, staged, shared, table, known, lane, shape, {clip, token_factor, group_factor}, first_token, {rank, maxima, landed});
+  quantize_staged(to, staged, shared, table, known, lane, shape, {clip, token_factor, group_factor}, token, {rank, maxima, landed});
 }

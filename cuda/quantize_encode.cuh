@@ -1,4 +1,4 @@
-// From transformed channels to scales and codes, and where they are stored: the part of quantize_rows.cuh that is
+// From transformed channels to scales and codes, and where they are stored: the part of quantize_transform.cuh that is
 // the rule of atomcli/formats/activations.py. Its parameters are the including file's.
 #pragma once
 
@@ -49,26 +49,12 @@ __device__ __forceinline__ float shared_absmax(const unsigned (&slots)[32]) {
   return __uint_as_float(__reduce_max_sync(all_lanes, bits));
 }
 
-// The same among the CTAs of a cluster: every warp's maxima go to every CTA.
-__device__ __forceinline__ void send_absmax(const uint2* slots, float absmax, float outlier_absmax, const unsigned long long& landed) {
-  unsigned body = __reduce_max_sync(all_lanes, __float_as_uint(absmax)), outliers = __reduce_max_sync(all_lanes, __float_as_uint(outlier_absmax));
-  if (threadIdx.x % 32 < ctas_per_token) send(slots + threadIdx.x / 32, body, outliers, landed, threadIdx.x % 32);
-}
-__device__ __forceinline__ void take_absmax(float& absmax, float& outlier_absmax, const uint2* slots) {
-  uint2 largest = {0, 0};
-#pragma unroll
-  for (int cta = 0; cta < ctas_per_token; cta++) {
-    if (threadIdx.x % 32 >= blockDim.x / 32) break;
-    uint2 other = slots[cta * 32 + threadIdx.x % 32];
-    largest = {max(largest.x, other.x), max(largest.y, other.y)};
-  }
-  absmax = __uint_as_float(__reduce_max_sync(all_lanes, largest.x));
-  outlier_absmax = __uint_as_float(__reduce_max_sync(all_lanes, largest.y));
-}
-
 // --------------------------------------------------------------------------------------------------- encode
 
-__device__ __forceinline__ int nearest(float ratio, float low, float high) { return __float2int_rn(fminf(fmaxf(ratio, low), high)); }
+// The nearest integer, ties to even, of a number far below 2^22: from 1.5 * 2^23 on the last place of a float is one. A
+// conversion would take its turn in a unit that is slower than the adders.
+__device__ __forceinline__ int nearest(float ratio) { return __float_as_int(__fadd_rn(ratio, 12582912.0f)) - 0x4B400000; }
+__device__ __forceinline__ int nearest(float ratio, float low, float high) { return nearest(fminf(fmaxf(ratio, low), high)); }
 
 __device__ __forceinline__ unsigned code_of(float ratio) {
   if (element == FLOAT) return float_to_half(ratio);
@@ -76,7 +62,7 @@ __device__ __forceinline__ unsigned code_of(float ratio) {
     unsigned code = e2m1_code(ratio);
     return container == E4M3 ? e4m3_of_e2m1(code) : code;
   }
-  int code = nearest(ratio, grid_low, grid_high);
+  int code = clips ? nearest(ratio, grid_low, grid_high) : nearest(ratio);
   return container == E4M3 ? e4m3_of_integer(code) : (unsigned)code;
 }
 
@@ -172,9 +158,10 @@ __device__ __forceinline__ void encode_body(unsigned (&codes)[channels_per_lane]
   }
 }
 
+// None is beyond the 127 of its own scale.
 __device__ __forceinline__ void encode_outliers(unsigned (&codes)[channels_per_lane], const Values& values, float inverse) {
 #pragma unroll
-  for (int i = 0; i < channels_per_lane; i++) codes[i] = (unsigned)nearest(__fmul_rn(values[i], inverse), -int8_high, int8_high);
+  for (int i = 0; i < channels_per_lane; i++) codes[i] = (unsigned)nearest(__fmul_rn(values[i], inverse));
 }
 
 // ---------------------------------------------------------------------------------------------------- store
@@ -225,4 +212,43 @@ __device__ __forceinline__ size_t nibble_address(int block, int position, int to
 __device__ __forceinline__ size_t scale_address(int block, int group_of_block, int token, int padded_tokens) {
   if (container != S8) return ((size_t)block * padded_tokens + token) * groups_per_block + group_of_block;
   return (size_t)(block * groups_per_block + group_of_block) * padded_tokens + token;
+}
+
+// -------------------------------------------------------------------------------------------- a token's part
+
+// Where codes and scales go: the body's k-blocks, the outliers', and the scales, of tokens padded to so many.
+struct Operand {
+  unsigned char *codes, *outlier_codes;
+  float *token_scale, *outlier_scale;
+  unsigned char* group_scales;
+  int padded_tokens;
+};
+
+// What a token's codes are made with; one over the outliers' scale serves the outliers.
+struct TokenScale {
+  float body, body_inverse, outliers_inverse;
+};
+
+// The lane's channels of one k-block, from `position` on.
+__device__ __forceinline__ void encode(const Operand& to, const Values& values, Range range, const TokenScale& scale, const Factors& factors,
+                                       const Shape& shape, int block, int position, int token) {
+  constexpr int scale_bytes = container == E4M3 ? 4 : scales == FP16_GROUP ? 2 : 1;
+  constexpr bool has_group_scales = (scales == FP16_GROUP || scales == E8M0_GROUP || scales == E4M3_GROUP) && container != E4M3_SCALED && container != F16;
+  unsigned codes[channels_per_lane];
+  if (block >= shape.body_blocks) {
+    encode_outliers(codes, values, scale.outliers_inverse);
+    store_codes<8>(to.outlier_codes + byte_address(block - shape.body_blocks, position, token, to.padded_tokens), codes);
+    return;
+  }
+  size_t scale_index = scale_address(block, position / group, token, to.padded_tokens);
+  encode_body(codes, values, range, scale.body, scale.body_inverse, factors, to.group_scales + scale_index * scale_bytes,
+              has_group_scales && position % group == 0);
+  if (scales == TWO_LEVEL_ASYMMETRIC) {  // a zero channel of a ragged group has a level too, but its weight does not exist
+    int exist = channels_of(block, shape) - position;
+#pragma unroll
+    for (int i = 0; i < channels_per_lane; i++) codes[i] = i < exist ? codes[i] : 0u;
+  }
+  if (container == F16) store_halves(to.codes, codes, block, position, token, to.padded_tokens);
+  else if (container == NIBBLE) store_codes<4>(to.codes + nibble_address(block, position, token, to.padded_tokens), codes);
+  else store_codes<8>(to.codes + byte_address(block, position, token, to.padded_tokens), codes);
 }

@@ -1,7 +1,8 @@
 """Quantizing a layer's input on the GPU: prologue, layout transform, codes and scales in one kernel per token row.
 
-The rule is formats/activations.py; cuda/quantize_activations.cu reproduces its codes bit for bit. Everything is one
-torch operator, `atom::quantize_activations`, so torch.compile and CUDA graphs can hold it.
+The rule is formats/activations.py; cuda/quantize_activations.cu reproduces its codes bit for bit, and so does
+cuda/quantize_pairs.cu for many tokens. Everything is one torch operator, `atom::quantize_activations`, so torch.compile
+and CUDA graphs can hold it.
 """
 
 from collections.abc import Sequence
@@ -15,14 +16,15 @@ from atomcli.errors import UnsupportedError
 from atomcli.formats.groups import group_count
 from atomcli.formats.layout import InputLayout
 from atomcli.formats.scheme import ActivationFormat, Scheme
+from atomcli.kernels.compiler import load_kernel, multiprocessors
 
-SOURCE = "quantize_activations.cu"
-ENTRY = "quantize_activations"
 BLOCK = 128  # channels of a k-block
 MAX_THREADS = 1024
-SHARED_HEADER = 384  # struct Shared, of each token
+SHARED_HEADER = 384  # struct Shared of quantize_rows.cuh
+PAIRS_HEADER = 768  # struct Shared of quantize_pairs.cu
 PAIRED_BLOCKS = 96  # k-blocks of a row up to which two rows fit into the registers of one block
 SHARED_LIMIT = 99 << 10  # of one block, on the smallest card served (sm_86, sm_89)
+HOPPER_SHARED_LIMIT = 227 << 10
 FEW_TOKENS = 264  # below, latency decides: 4 channels per lane. Two blocks of an H100's 132 SMs
 SPLIT_TOKENS = 8  # up to so many, a row of more than 64 k-blocks is split among the blocks of a cluster
 SPLIT_BLOCKS = 16  # k-blocks that one of them takes, unless that would be more than 8
@@ -186,13 +188,14 @@ def _call(
 
 
 class Launch(NamedTuple):
-    """How one problem is run: what is compiled in, the grid and the shared memory."""
+    """How one problem is run: the kernel, of cuda/<kernel>.cu, what is compiled in, the grid and the shared memory."""
 
+    kernel: Literal["quantize_activations", "quantize_pairs"]
     defines: dict[str, int | str]
     threads: int
     shared_bytes: int
-    tokens: int  # of one block
-    cluster: int  # blocks for one token
+    cluster: int = 1  # blocks for one token
+    resident: int = 1  # blocks that an SM holds; pairs of tokens are dealt to so many
 
 
 def plan(
@@ -206,36 +209,16 @@ def plan(
     table: torch.dtype | None,
     hadamard: bool,
     aligned: bool,
-    clusters: bool = False,
+    hopper: bool = False,
 ) -> Launch:
-    """Compile-time parameters and launch shape: each lane keeps 4 or 16 channels of up to 8 k-blocks in registers.
+    """The kernel, its compile-time parameters and launch shape.
 
-    Of many tokens, two share a block where shared memory and registers hold both. A few long rows are split among the
-    blocks of a cluster where the card has `clusters` (so far: where this was measured).
+    Many tokens go two by two through blocks that stay on their SM, where shared memory and registers hold both. Else
+    a block takes one token, and each lane keeps 4 or 16 channels of up to 8 k-blocks in registers; on `hopper`, where
+    this was measured, a few long rows are split among the blocks of a cluster.
     """
     blocks = -(-body // BLOCK) + -(-(channels - body) // BLOCK)
     channels_per_lane = 4 if tokens <= FEW_TOKENS and blocks <= 8 * MAX_THREADS // 32 else 16
-    split = clusters and channels_per_lane == 4 and tokens <= SPLIT_TOKENS and blocks > 64
-    cluster = next(n for n in (1, 2, 4, 8) if n * SPLIT_BLOCKS >= blocks or n == 8) if split else 1
-    own = -(-blocks // cluster)
-    lanes = BLOCK // channels_per_lane
-    slots = MAX_THREADS // lanes
-    row_bytes = SHARED_HEADER + (channels + 1) * dtype.itemsize
-    paired = channels_per_lane == 16 and blocks <= PAIRED_BLOCKS and 2 * row_bytes <= SHARED_LIMIT
-    # A single token is done soonest by the whole SM; of many, smaller blocks hide each other's waits.
-    per_lane = (
-        next(n for n in (1, 2, 4, 8) if n * slots >= own or n == 8)
-        if channels_per_lane == 4
-        else 1
-        if paired
-        else min(2, -(-blocks // 64))
-    )
-    per_lane = max(per_lane, 1)
-    wanted = -(-own // per_lane) * lanes
-    if cluster > 1:  # each of its blocks stages the whole row: 16 bytes a thread, if it can
-        wanted = max(wanted, channels * dtype.itemsize // 16)
-    threads = min(MAX_THREADS, -(-wanted // 32) * 32)
-    slots = threads // lanes if cluster == 1 else -(-own // per_lane)
     scales = {
         "row": "PER_TOKEN",
         "fp16": "FP16_GROUP",
@@ -254,15 +237,58 @@ def plan(
         "HADAMARD": int(hadamard),
         "ALIGNED": int(aligned),
         "GROUP": format.group or BLOCK,
-        "TOKENS": 1 + paired,
-        "CLUSTER": cluster,
+        "CLIPS": int(format.clip < 1),
         "CHANNELS": channels_per_lane,
+    }
+    pairs = channels_per_lane == 16 and aligned and dtype.itemsize == 2 and blocks <= PAIRED_BLOCKS
+    how = _plan_pairs(channels, blocks, prologue, defines, hopper) if pairs else None
+    if how is not None:
+        return how
+    split = hopper and channels_per_lane == 4 and tokens <= SPLIT_TOKENS and blocks > 64
+    cluster = next(n for n in (1, 2, 4, 8) if n * SPLIT_BLOCKS >= blocks or n == 8) if split else 1
+    own = -(-blocks // cluster)
+    lanes = BLOCK // channels_per_lane
+    slots = MAX_THREADS // lanes
+    # A single token is done soonest by the whole SM; of many, smaller blocks hide each other's waits.
+    if channels_per_lane == 4:
+        per_lane = next(n for n in (1, 2, 4, 8) if n * slots >= own or n == 8)
+    else:
+        per_lane = max(1, min(2, -(-blocks // 64)))
+    wanted = -(-own // per_lane) * lanes
+    if cluster > 1:  # each of its blocks stages the whole row: 16 bytes a thread, if it can
+        wanted = max(wanted, channels * dtype.itemsize // 16)
+    threads = min(MAX_THREADS, -(-wanted // 32) * 32)
+    slots = threads // lanes if cluster == 1 else -(-own // per_lane)
+    defines |= {
+        "CLUSTER": cluster,
         "BLOCKS": per_lane,
         "SLOTS": slots,
         "PASSES": int(per_lane * slots < own),
         "THREADS": threads,
     }
-    return Launch(defines, threads, row_bytes * (1 + paired), 1 + paired, cluster)
+    shared_bytes = SHARED_HEADER + (channels + 1) * dtype.itemsize
+    return Launch("quantize_activations", defines, threads, shared_bytes, cluster=cluster)
+
+
+def _plan_pairs(
+    channels: int, blocks: int, prologue: Prologue, defines: dict[str, int | str], hopper: bool
+) -> Launch | None:
+    """Two tokens at a time, by as many blocks as an SM holds; None if shared memory can't hold one."""
+    threads = -(-blocks * (BLOCK // 16) // 32) * 32
+    limit = HOPPER_SHARED_LIMIT if hopper else SHARED_LIMIT
+    inputs = 2 if prologue in ("add_norm", "silu_mul") else 1
+
+    def shared_bytes(rounds: int) -> int:
+        """The header, where lanes' channels lie, two rows interleaved in two planes, and the rows on their way."""
+        return PAIRS_HEADER + 32 * threads + 2 * (2 * channels + 16) + rounds * inputs * 4 * channels
+
+    registers = 80 if prologue in ("norm", "add_norm") else 64
+    resident = min(8, 65536 // (threads * registers), limit // (shared_bytes(1) + 1024))
+    if resident == 0:
+        return None
+    rounds = 2 if resident * (shared_bytes(2) + 1024) <= limit else 1
+    defines = defines | {"THREADS": threads, "RESIDENT": resident, "ROUNDS": rounds}
+    return Launch("quantize_pairs", defines, threads, shared_bytes(rounds), resident=resident)
 
 
 def launch(
@@ -299,13 +325,16 @@ def launch(
         None if table is None else table.dtype,
         hadamard,
         aligned,
-        clusters=x.is_cuda and torch.cuda.get_device_capability(x.device) == (9, 0),
+        hopper=x.is_cuda and torch.cuda.get_device_capability(x.device) == (9, 0),
     )
     padded = token_scale.shape[0]
+    grid = padded * how.cluster
+    if how.kernel == "quantize_pairs":
+        grid = min(padded // 2, how.resident * (multiprocessors(x.device) if x.is_cuda else 1))
     if container != "nibble":
         outlier_codes = codes[-(-body // BLOCK) :]
     load(how).launch(
-        padded // how.tokens * how.cluster, how.threads, x, other, weight, table, total, row if want_row else None,
+        grid, how.threads, x, other, weight, table, total, row if want_row else None,
         codes, outlier_codes, token_scale, outlier_scale, group_scales, tokens, padded, channels, body, x.stride(0),
         0 if other is None else other.stride(0), float(format.clip), *factors(format), float(epsilon),
         int(unit_offset), overlap=True,
@@ -383,14 +412,12 @@ def _quantize_activations(
     unit_offset: bool,
     want_row: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from atomcli.kernels.compiler import load_kernel
-
     check(x, other, weight, row_multiple)
     format = ActivationFormat(element, group, scale, symmetric, clip)  # type: ignore[arg-type]
     results = allocate(x, body, format, prologue, container, row_multiple, want_row)
     if x.shape[0]:
         launch(
-            lambda how: load_kernel(SOURCE, ENTRY, x.device, how.defines, how.shared_bytes),
+            lambda how: load_kernel(f"{how.kernel}.cu", how.kernel, x.device, how.defines, how.shared_bytes),
             x, other, weight, table, hadamard, prologue, format, container,  # type: ignore[arg-type]
             epsilon, unit_offset, results, body, want_row,
         )  # fmt: skip

@@ -35,7 +35,7 @@ def run(
     for result in results:
         result.view(torch.uint8).fill_(0xA5)
     quantization.launch(
-        lambda how: HostKernel(quantization.SOURCE, quantization.ENTRY, how.defines),
+        lambda how: HostKernel(f"{how.kernel}.cu", how.kernel, how.defines),
         x, other, weight, table.table, table.hadamard, prologue, scheme.activations, container, 1e-6, unit_offset,
         results, layout.body, True,
     )  # fmt: skip
@@ -139,7 +139,28 @@ def test_rows_too_long_for_registers_are_transformed_twice(monkeypatch) -> None:
 
 
 @emulated
-@pytest.mark.parametrize(("unit_offset", "few_tokens"), [(False, 264), (True, 264), (False, 0)])
+@pytest.mark.parametrize("prologue", ["plain", "norm", "add_norm", "silu_mul"])
+@pytest.mark.parametrize(("name", "dtype", "permuted"), [("a8", torch.bfloat16, True), ("paper", torch.float16, False)])
+def test_many_tokens_go_two_by_two(prologue: str, name: str, dtype: torch.dtype, permuted: bool, monkeypatch) -> None:
+    """Blocks take several pairs one after the other; the last pair has one token, and padding follows it."""
+    torch.manual_seed(8)
+    scheme = cases.scheme_of(cases.FORMATS[name], 64, True)
+    layout = cases.random_layout(584, 64, permuted, permuted, True)  # body 520 = 4 * 128 + 8
+    x, other = cases.random_rows(37, 584, dtype), torch.randn(37, 584).to(dtype)
+    weight = torch.rand(584).to(dtype)
+    second = other if prologue in ("add_norm", "silu_mul") else None
+    rows = {}
+    for few_tokens in (0, 264):
+        monkeypatch.setattr(quantization, "FEW_TOKENS", few_tokens)
+        operand, total, row = run(x, scheme, layout, prologue, second, weight if "norm" in prologue else None)
+        rows[few_tokens] = x if prologue == "plain" else row
+        cases.assert_equal(operand, cases.reference(rows[few_tokens], scheme, layout), "s8")
+        assert prologue != "add_norm" or torch.equal(total, x + other)
+    assert (rows[0] != rows[264]).float().mean() < 0.01  # the sum of squares runs in another order
+
+
+@emulated
+@pytest.mark.parametrize(("unit_offset", "few_tokens"), [(False, 264), (True, 264), (False, 0), (True, 0)])
 def test_residual_and_norm_round_like_torch(unit_offset: bool, few_tokens: int, monkeypatch) -> None:
     torch.manual_seed(4)
     monkeypatch.setattr(quantization, "FEW_TOKENS", few_tokens)
@@ -184,9 +205,9 @@ def test_compiles_without_spills(arch: str) -> None:
         scheme = SCHEMES[name]
         how = quantization.plan(
             tokens, channels, channels - scheme.outliers, torch.bfloat16, scheme.activations, "add_norm", "s8",
-            torch.uint16, True, True, clusters=arch == "90a",
+            torch.uint16, True, True, hopper=arch == "90a",
         )  # fmt: skip
-        resources = compile_source(quantization.SOURCE, arch, how.defines).resources[quantization.ENTRY]
+        resources = compile_source(f"{how.kernel}.cu", arch, how.defines).resources[how.kernel]
         assert resources.spill_bytes == 0
         assert resources.registers * how.threads <= 65536
 

@@ -18,3 +18,6 @@ inline unsigned short float_to_bfloat(float value) {
   unsigned bits = __float_as_uint(value);
   return (unsigned short)((bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16);
 }
+
+inline float exp2_approximate(float value) { return exp2f(value); }
+inline float reciprocal_approximate(float value) { return 1.0f / value; }

@@ -151,8 +151,10 @@ struct Consumer {
     INLINE Sum4* partial(int block) const { return problem.partials + ((block * ROW_GROUPS + row_group) * 4 + warp) * (TOKENS / 8 * 32); }
     INLINE int* flag(int block) const { return problem.flags + (block * ROW_GROUPS + row_group) * 4 + warp; }
 
-    // Warps exchange with the same warp of the other block: no barrier is wider than a warp.
+    // Warps exchange with the same warp of the other block: no barrier is wider than a warp. Whoever has multiplied nothing,
+    // because its run begins behind the body, has not waited for the previous kernel yet, whose flags these may still be.
     INLINE void give(const Sums& sums) const {
+        wait_for_previous_kernel();
         store_partial(partial(blockIdx.x), sums, lane);
         __syncwarp();
         if (lane == 0) raise_flag(flag(blockIdx.x));
@@ -160,6 +162,7 @@ struct Consumer {
 
     // Adds what the clusters before this one have summed of the tile whose first unit is `tile_begin`.
     INLINE void take(Sums& sums, int tile_begin) const {
+        wait_for_previous_kernel();
         const int total = place.split_tiles() * problem.units();
         int begin = Schedule::run_begin(total, place.cluster, place.clusters);
         for (int cluster = place.cluster - 1; begin > tile_begin; --cluster) {

@@ -153,6 +153,19 @@ def test_graph_capture_replays_the_same() -> None:
     assert all(torch.equal(result, eager) for result in captured)
 
 
+def test_small_products_on_each_others_heels() -> None:
+    """A run of units that multiplies nothing must not touch flags before the product before has done with them."""
+    problems = [Problem(2, rows, columns, 128) for rows, columns in ((320, 256), (1408, 320), (512, 320), (320, 704))]
+    alone = [problem.run() for problem in problems]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = [problem.run() for _ in range(20) for problem in problems]
+    for _ in range(50):
+        graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(result, alone[index % 4]) for index, result in enumerate(results))
+
+
 def test_two_streams_at_once() -> None:
     problems = [Problem(16, 4096, 4096, 128, seed=seed) for seed in (0, 1)]
     alone = [problem.run() for problem in problems]

@@ -22,7 +22,6 @@ BLOCK = 128  # channels of a k-block
 MAX_THREADS = 1024
 SHARED_HEADER = 384  # struct Shared of quantize_rows.cuh
 PAIRS_HEADER = 768  # struct Shared of quantize_pairs.cu
-PAIRED_BLOCKS = 96  # k-blocks of a row up to which two rows fit into the registers of one block
 SHARED_LIMIT = 99 << 10  # of one block, on the smallest card served (sm_86, sm_89)
 HOPPER_SHARED_LIMIT = 227 << 10
 FEW_TOKENS = 264  # below, latency decides: 4 channels per lane. Two blocks of an H100's 132 SMs
@@ -240,10 +239,10 @@ def plan(
         "CLIPS": int(format.clip < 1),
         "CHANNELS": channels_per_lane,
     }
-    pairs = channels_per_lane == 16 and aligned and dtype.itemsize == 2 and blocks <= PAIRED_BLOCKS
-    how = _plan_pairs(channels, blocks, prologue, defines, hopper) if pairs else None
-    if how is not None:
-        return how
+    if channels_per_lane == 16 and aligned and dtype.itemsize == 2:
+        how = _plan_pairs(channels, blocks, prologue, defines, hopper)
+        if how is not None:
+            return how
     split = hopper and channels_per_lane == 4 and tokens <= SPLIT_TOKENS and blocks > 64
     cluster = next(n for n in (1, 2, 4, 8) if n * SPLIT_BLOCKS >= blocks or n == 8) if split else 1
     own = -(-blocks // cluster)
@@ -273,18 +272,19 @@ def plan(
 def _plan_pairs(
     channels: int, blocks: int, prologue: Prologue, defines: dict[str, int | str], hopper: bool
 ) -> Launch | None:
-    """Two tokens at a time, by as many blocks as an SM holds; None if shared memory can't hold one."""
+    """Two tokens at a time, by as many blocks as an SM holds; None if it can't hold one."""
     threads = -(-blocks * (BLOCK // 16) // 32) * 32
     limit = HOPPER_SHARED_LIMIT if hopper else SHARED_LIMIT
     inputs = 2 if prologue in ("add_norm", "silu_mul") else 1
+    staged_bytes = 2 * (2 * channels + 16)  # two rows interleaved, in two planes
 
     def shared_bytes(rounds: int) -> int:
-        """The header, where lanes' channels lie, two rows interleaved in two planes, and the rows on their way."""
-        return PAIRS_HEADER + 32 * threads + 2 * (2 * channels + 16) + rounds * inputs * 4 * channels
+        """The header, where lanes' channels lie, the staged rows, and the rows on their way."""
+        return PAIRS_HEADER + 32 * threads + staged_bytes + rounds * inputs * 4 * channels
 
     registers = 80 if prologue in ("norm", "add_norm") else 64
     resident = min(8, 65536 // (threads * registers), limit // (shared_bytes(1) + 1024))
-    if resident == 0:
+    if resident == 0 or threads > MAX_THREADS or staged_bytes > 1 << 16:  # channels' places have 16 bits
         return None
     rounds = 2 if resident * (shared_bytes(2) + 1024) <= limit else 1
     defines = defines | {"THREADS": threads, "RESIDENT": resident, "ROUNDS": rounds}

@@ -195,16 +195,18 @@ def test_silu_times_up_from_halves_of_one_tensor(few_tokens: int, monkeypatch) -
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_compiles_without_spills(arch: str) -> None:
     cases = (
-        ("w4a8", 1, 4096),
-        ("w4a4", 1, 28672),
-        ("w4a4", 4096, 12288),
-        ("atom-paper", 64, 53248),
-        ("nvfp4", 4096, 28672),
+        ("w4a8", 1, 4096, "add_norm"),
+        ("w4a4", 1, 28672, "add_norm"),
+        ("w4a8", 4096, 4096, "plain"),
+        ("w4a4", 4096, 8192, "add_norm"),
+        ("w4a4", 4096, 14336, "silu_mul"),
+        ("atom-paper", 64, 53248, "add_norm"),
+        ("nvfp4", 4096, 28672, "add_norm"),
     )
-    for name, tokens, channels in cases:
+    for name, tokens, channels, prologue in cases:
         scheme = SCHEMES[name]
         how = quantization.plan(
-            tokens, channels, channels - scheme.outliers, torch.bfloat16, scheme.activations, "add_norm", "s8",
+            tokens, channels, channels - scheme.outliers, torch.bfloat16, scheme.activations, prologue, "s8",  # type: ignore[arg-type]
             torch.uint16, True, True, hopper=arch == "90a",
         )  # fmt: skip
         resources = compile_source(f"{how.kernel}.cu", arch, how.defines).resources[how.kernel]

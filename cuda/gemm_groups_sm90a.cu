@@ -153,6 +153,7 @@ struct Consumer {
     // Adds what the blocks before this one have summed of the tile whose first unit is `tile_begin`, nearest first. Each
     // lane waits for another block, so that a row of flags costs the time of one.
     INLINE void take(Sums& sums, int tile_begin) const {
+        wait_for_previous_kernel();  // a run of the outliers alone comes here before it has met any activations: flags may be that one's
         const int total = problem.split_tiles * problem.units();
 #pragma unroll 1
         for (int last = blockIdx.x - 1; Schedule::run_begin(total, last + 1, gridDim.x) > tile_begin; last -= 32) {

@@ -105,3 +105,57 @@ def test_graph_replays_give_the_same_bits() -> None:
         y.fill_(float("nan"))
         graph.replay()
         assert torch.equal(y, expected)
+
+
+def test_small_products_on_each_others_heels() -> None:
+    """A run of the outliers alone must not touch flags before the product before has done with them."""
+    scheme = GROUP_SCHEMES["int4-g128"]
+    if group_gemm.why_not(scheme, architecture(torch.device("cuda", 0))):
+        pytest.skip("no kernel for this card")
+    problems = []
+    for rows, channels in ((320, 256), (1408, 320), (512, 1320), (1320, 704)):
+        operand, weight, _ = random_problem(scheme, 2, rows, channels, "e4m3")
+        problems.append((operand, pack_groups(weight, "e4m3")))
+    alone = [group_gemm.multiply(operand, weight, scheme, 2, torch.bfloat16) for operand, weight in problems]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = [group_gemm.multiply(o, w, scheme, 2, torch.bfloat16) for _ in range(20) for o, w in problems]
+    for _ in range(50):
+        graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(result, alone[index % 4]) for index, result in enumerate(results))
+
+
+@pytest.mark.parametrize("name", ["int4-g128", "mxfp4"])
+def test_two_streams_at_once(name: str) -> None:
+    """Each stream has its own place for what the parts of a tile exchange."""
+    scheme = GROUP_SCHEMES[name]
+    if group_gemm.why_not(scheme, architecture(torch.device("cuda", 0))):
+        pytest.skip("no kernel for this card")
+    problems = []
+    for _ in range(2):
+        operand, weight, _ = random_problem(scheme, 16, 4096, 4096, "e4m3")
+        problems.append((operand, pack_groups(weight, "e4m3")))
+    multiply = [lambda o=o, w=w: group_gemm.multiply(o, w, scheme, 16, torch.bfloat16) for o, w in problems]  # type: ignore[misc]
+    alone = [call() for call in multiply]
+    streams = [torch.cuda.Stream() for _ in problems]
+    torch.cuda.synchronize()
+    results: list[list[torch.Tensor]] = [[], []]
+    for _ in range(20):
+        for index, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                results[index].append(multiply[index]())
+    torch.cuda.synchronize()
+    for index in range(2):
+        assert all(torch.equal(result, alone[index]) for result in results[index])
+
+
+@hopper
+def test_torch_compile_holds_the_operator() -> None:
+    scheme = GROUP_SCHEMES["int4-g128"]
+    operand, weight, _ = random_problem(scheme, 8, 256, 512, "e4m3")
+    packed = pack_groups(weight, "e4m3")
+    compiled = torch.compile(
+        lambda: group_gemm.linear(operand, packed, scheme, 8, torch.bfloat16) * 2, backend="eager", fullgraph=True
+    )
+    assert torch.equal(compiled(), group_gemm.linear(operand, packed, scheme, 8, torch.bfloat16) * 2)

@@ -146,7 +146,7 @@ SUFFIXES: dict[Before, str] = {
 
 
 def _ours(scheme: Scheme) -> list[Contender]:
-    """The GEMM alone, and after what comes before it in a model."""
+    """The GEMM alone, and after what comes before it in a model; one token takes one kernel for all of it if it can."""
     scale_bits = 16 if scheme.weights.scale == "fp16" else 8
     stored = scheme.weights.grid.bits + (scale_bits / scheme.weights.group if scheme.weights.group else 0)
     operand_bits = 16 if scheme.activations.element == "float" or scheme.activations.scale == "e4m3" else 8
@@ -182,6 +182,9 @@ def _products(
             torch.nn.functional.rms_norm(x, (in_features,), norm, 1e-6)
         return operand
 
+    if tokens == 1 and first.one_token is not None and before.endswith("quantize"):
+        normed = {"prologue": "norm", "norm_weight": norm, "epsilon": 1e-6} if before != "quantize" else {}
+        return [lambda p=p: p.one_token(x, **normed) for p in products]  # type: ignore[misc]
     return [lambda p=p: p.multiply(prepared(), tokens, torch.bfloat16, None) for p in products]  # type: ignore[misc]
 
 

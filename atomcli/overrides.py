@@ -76,7 +76,5 @@ def override(
                 f"--{'costs' if costs else 'candidate'} needs a budget",
                 "Give one of --bits-per-weight, --memory, --max-kld and --latency",
             )
-        if costs and data["select"]["latency"] is None:
-            raise UsageError("--costs is for the budget --latency, which wasn't given", "Add --latency MICROSECONDS")
         data["select"] |= more
     return parse_recipe(data, "The recipe with the command-line options")

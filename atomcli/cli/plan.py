@@ -87,7 +87,8 @@ def plan(
         save_plan(made, resolved, walk, output)
     if plot is not None:
         _draw(points, prediction, plot)
-    _say(model, made, groups, prediction, points)
+    tokens = resolved.select.tokens if resolved.select is not None else 0
+    _say(model, made, groups, prediction, points, tokens)
     if measure:
         _say_forecast(source, resolved, walk.device)
     if output is not None:
@@ -134,8 +135,14 @@ def _say_forecast(source: Any, recipe: Any, device: Any) -> None:
 
 
 def _say(
-    model: str, made: "Plan", groups: Sequence["Group"], prediction: dict[str, Any], points: Sequence["Point"]
+    model: str,
+    made: "Plan",
+    groups: Sequence["Group"],
+    prediction: dict[str, Any],
+    points: Sequence["Point"],
+    tokens: int,
 ) -> None:
+    """Print a plan; `tokens` is how many the times of its products are for."""
     from atomcli.pipeline.model import full_name
 
     names = made.names()
@@ -158,10 +165,14 @@ def _say(
     ]
     if prediction["kld"] is not None:
         parts.append(f"predicted KLD    {prediction['kld']:.4f} nats")
+    timed = prediction.get("microseconds") is not None
+    if timed:
+        parts.append(f"time             {prediction['microseconds']:.1f} µs of products at {tokens} tokens")
     if points:
-        curve = Table([">bits/weight", ">bytes", ">predicted KLD"])
+        curve = Table([">bits/weight", ">bytes", ">predicted KLD", *([">µs"] if timed else [])])
         for point in points:
-            curve.add(f"{point.bits_per_weight:.3f}", byte_count(point.bytes), f"{point.kld:.4f}")
+            time = [] if point.microseconds is None else [f"{point.microseconds:.1f}"]
+            curve.add(f"{point.bits_per_weight:.3f}", byte_count(point.bytes), f"{point.kld:.4f}", *time)
         parts += ["", "the best that each size allows:", curve]
     document = {
         "model": model,

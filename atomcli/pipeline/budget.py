@@ -40,11 +40,15 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Point:
-    """One plan of the frontier: bits per weight of the linears, bytes of the checkpoint, predicted KL divergence."""
+    """One plan of the frontier: bits per weight of the linears, bytes of the checkpoint, predicted KL divergence.
+
+    microseconds of all products of the blocks, where the recipe names a table of costs.
+    """
 
     bits_per_weight: float
     bytes: int
     kld: float
+    microseconds: float | None = None
 
 
 def sizes_of(walk: Walk, groups: Sequence[Group], signs: bool, cache: Sequence[KVFormat]) -> Sizes:
@@ -87,8 +91,14 @@ def plan_bytes(walk: Walk, groups: Sequence[Group], plan: Plan, signs: bool) -> 
 
 
 def refuse_out_of_reach(recipe: Recipe, walk: Walk, groups: Sequence[Group]) -> None:
-    """UsageError when no sensitivities could make the recipe's budget possible: said before they are measured."""
-    if recipe.select is None or recipe.select.max_kld is not None:
+    """UsageError when no sensitivities could make the recipe's budget possible: said before they are measured.
+
+    So is what its table of costs lacks, by an InputError.
+    """
+    if recipe.select is None:
+        return
+    _times(recipe, walk, groups)
+    if recipe.select.max_kld is not None:
         return
     costs, limit, rest = _costs(recipe, walk, groups)
     if cost_range(costs)[0] > limit * (1 + 1e-9):
@@ -112,7 +122,8 @@ def choose(recipe: Recipe, walk: Walk, groups: Sequence[Group], sensitivities: S
             best = allocate(losses, costs, limit)
     except OutOfReach as refused:
         raise _refusal(recipe, walk, groups, refused.nearest + rest) from refused
-    return plan_of(walk, groups, best.choice, sizes, sensitivities, cache, {name: budget})
+    times = _times(recipe, walk, groups)
+    return plan_of(walk, groups, best.choice, sizes, sensitivities, cache, {name: budget}, times)
 
 
 @dataclass(frozen=True)
@@ -168,22 +179,25 @@ def plan_of(
     sensitivities: Sensitivities,
     cache: Cache,
     budget: dict[str, float] | None = None,
+    times: Table | None = None,
 ) -> Plan:
-    """The plan in which each group takes the candidate with the index in `choice`, and what is expected of it."""
+    """The plan in which each group takes the candidate with the index in `choice`, and what is expected of it.
+
+    times: microseconds of each candidate of each group, where they are known.
+    """
     schemes: dict[str, Scheme | None] = {}
     chosen: dict[str, str] = {}
     for group, index in zip(groups, choice, strict=True):
         title, scheme = list(group.candidates.items())[index]
         schemes |= {full_name(group.index, linear): scheme for linear in group.linears}
         chosen[group.title] = title
-    group_bytes = sum(row[index] for row, index in zip(sizes.table, choice, strict=True))
-    losses = loss_table(groups, sensitivities)
-    loss = sum(row[index] for row, index in zip(losses, choice, strict=True))
+    group_bytes, loss = _sum(sizes.table, choice), _sum(loss_table(groups, sensitivities), choice)
     prediction: dict[str, Any] = {
         "budget": budget,
         "kld": loss + cache.kld,
         "bytes": int(group_bytes) + sizes.rest,
         "bits_per_weight": sizes.bits_per_weight(group_bytes),
+        "microseconds": None if times is None else _sum(times, choice),
         "groups": chosen,
         "cache": cache.report(),
     }
@@ -194,13 +208,17 @@ def plan_of(
 def frontier_of(
     recipe: Recipe, walk: Walk, groups: Sequence[Group], sensitivities: Sensitivities, points: int = 12
 ) -> list[Point]:
-    """The best plans over the whole range of sizes."""
-    sizes = _sizes(recipe, walk, groups)
+    """The best plans over the whole range of sizes; of times, where the budget is a latency."""
+    sizes, times = _sizes(recipe, walk, groups), _times(recipe, walk, groups)
+    by_time = recipe.select is not None and recipe.select.latency is not None
+    costs = times if by_time and times is not None else sizes.table
     floor = choose_cache(recipe, walk, sensitivities).kld
-    return [
-        Point(sizes.bits_per_weight(best.cost), int(best.cost) + sizes.rest, best.loss + floor)
-        for best in frontier(loss_table(groups, sensitivities), sizes.table, points)
-    ]
+    found: list[Point] = []
+    for best in frontier(loss_table(groups, sensitivities), costs, points):
+        size = _sum(sizes.table, best.choice)
+        time = None if times is None else _sum(times, best.choice)
+        found.append(Point(sizes.bits_per_weight(size), int(size) + sizes.rest, best.loss + floor, time))
+    return found
 
 
 def loss_table(groups: Sequence[Group], sensitivities: Sensitivities) -> Table:
@@ -215,6 +233,11 @@ def loss_table(groups: Sequence[Group], sensitivities: Sensitivities) -> Table:
     ]
 
 
+def _sum(table: Table, choice: Sequence[int]) -> float:
+    """What the candidate of each group with the index in `choice` adds up to."""
+    return sum(row[index] for row, index in zip(table, choice, strict=True))
+
+
 def _in_order(walk: Walk, schemes: dict[str, Scheme | None]) -> dict[str, Scheme | None]:
     names = (full_name(i, linear) for i in range(walk.blocks) for linear in walk.family.linears(walk.config, i))
     return {name: schemes[name] for name in names}
@@ -225,7 +248,9 @@ def _costs(recipe: Recipe, walk: Walk, groups: Sequence[Group]) -> tuple[Table, 
     assert recipe.select is not None
     name, budget = recipe.select.budget
     if name == "latency":
-        return _latencies(recipe, walk, groups), budget, 0.0
+        times = _times(recipe, walk, groups)
+        assert times is not None, "a latency names its table of costs"
+        return times, budget, 0.0
     sizes = _sizes(recipe, walk, groups)
     if name == "bits_per_weight":
         bits = [[8 * size / sizes.parameters for size in row] for row in sizes.table]
@@ -273,10 +298,10 @@ def _linear_bytes(
     return stored + bias
 
 
-def _latencies(recipe: Recipe, walk: Walk, groups: Sequence[Group]) -> Table:
-    """Microseconds of each candidate of each group at `select.tokens` tokens, by the measured table."""
-    assert recipe.select is not None
-    assert recipe.select.costs is not None
+def _times(recipe: Recipe, walk: Walk, groups: Sequence[Group]) -> Table | None:
+    """Microseconds of each candidate of each group at `select.tokens` tokens, if the recipe names a measured table."""
+    if recipe.select is None or recipe.select.costs is None:
+        return None
     path, tokens = Path(recipe.select.costs), recipe.select.tokens
     times: dict[tuple[Any, ...], float] = {}
     for row in read_json(path).get("rows", ()):

@@ -41,7 +41,6 @@ def bad_recipe(tmp_path):
         ("bench-format", ["bench", "model", "demo", "--format", "xml"]),
         ("clip-word", ["quantize", "demo", "--clip", "searched"]),
         ("costs-without-budget", ["quantize", "demo", "--costs", "gemm.json"]),
-        ("costs-without-latency", ["quantize", "demo", "--costs", "gemm.json", "--memory", "1GB"]),
         ("device", ["eval", "ppl", "demo", "--device", "gpu"]),
         (
             "gate-without-its-measure",

@@ -1,6 +1,7 @@
 """`atom plan`: sizes for nothing, a plan for a budget, and `quantize --plan` that follows it."""
 
 import json
+import math
 import shlex
 
 import pytest
@@ -69,6 +70,50 @@ def test_a_plan_is_printed_and_followed(atom, tiny_model, quantize_options, cali
         assert made["bytes"] == planned["bytes"]
     report = json.loads((tmp_path / "out-0" / "atom_report.json").read_text())
     assert report["plan"]["kld"] == pytest.approx(planned["kld"])
+
+
+def _costs(model, path, bytes_of):
+    """Write a table as `atom bench gemm --json` does, a nanosecond for each byte of a weight; its shapes by linear."""
+    config = json.loads((model / "config.json").read_text())
+    hidden, between, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    queries, keys = head * config["num_attention_heads"], head * config["num_key_value_heads"]
+    shapes = {"q_proj": (queries, hidden), "k_proj": (keys, hidden), "v_proj": (keys, hidden)}
+    shapes |= {"o_proj": (hidden, queries), "down_proj": (hidden, between)}
+    shapes |= {"gate_proj": (between, hidden), "up_proj": (between, hidden)}
+    rows = [
+        {
+            "labels": {"N": n, "K": k, "M": 16, "kernel": kernel},
+            "measures": {"time": {"median": n * k * size / 1000, "unit": "µs"}},
+        }
+        for n, k in sorted(set(shapes.values()))
+        for kernel, size in bytes_of.items()
+    ]
+    path.write_text(json.dumps({"rows": rows}))
+    return shapes
+
+
+def test_measured_products_give_a_plan_its_time(atom, tiny_model, calibrated, tmp_path):
+    costs = tmp_path / "gemm.json"
+    shapes = _costs(tiny_model, costs, {"cuBLAS bf16": 2, "atom w8a8 + quantize": 1})
+    command = ["plan", tiny_model, *calibrated, "--outliers", 16, "--group", 16, "--costs", costs]
+    command += ["--candidate", "w8a8", "--candidate", "w16a16"]
+    by_size = json.loads(atom(*command, "--bits-per-weight", 9, "--json").out)
+    area = {name: math.prod(shapes[name.rsplit(".", 1)[-1]]) for name in by_size["linears"]}
+    expected = sum(area[name] * (2 if scheme is None else 1) for name, scheme in by_size["linears"].items()) / 1000
+    assert by_size["microseconds"] == pytest.approx(expected)
+    assert by_size["frontier"][0]["microseconds"] == pytest.approx(sum(area.values()) / 1000)
+    shown = atom(*command, "--latency", by_size["microseconds"]).out
+    assert f"time             {by_size['microseconds']:.1f} µs of products at 16 tokens" in shown
+    assert [line for line in shown.splitlines() if "predicted KLD" in line][-1].split()[-1] == "µs"
+
+
+def test_a_candidate_that_was_not_timed_is_named_before_anything_is_measured(atom, tiny_model, calibrated, tmp_path):
+    _costs(tiny_model, tmp_path / "gemm.json", {"cuBLAS bf16": 2})
+    command = ["plan", tiny_model, *calibrated, "--outliers", 16, "--group", 16, "--memory", "1GB"]
+    outcome = atom(*command, "--costs", tmp_path / "gemm.json", "--candidate", "w8a8")
+    assert outcome.code == 1
+    assert "has no time of atom w8a8 + quantize" in outcome.err
+    assert not list((tmp_path / "calibration").glob("sensitivities-*"))
 
 
 def test_a_plan_of_another_recipe_is_refused(atom, tiny_model, calibrated, tmp_path):

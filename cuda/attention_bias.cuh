@@ -28,7 +28,7 @@ INLINE void fill_steps(uint32* steps, int tokens, const BiasTables& tables) {
     for (int i = threadIdx.x; i < tokens * angles; i += blockDim.x) {
         const float factor = 1.0f / tables.cos[i % angles];
         const bool exists = i / angles < tables.positions;
-        steps[i] = Float16Pairs::pack(exists ? tables.cos[i] * factor : 0.0f, exists ? tables.sin[i] * factor : 0.0f);
+        steps[i] = Float16Pairs::of(exists ? tables.cos[i] * factor : 0.0f, exists ? tables.sin[i] * factor : 0.0f);
     }
 }
 
@@ -87,7 +87,7 @@ struct Bias {
                 const float4* part = reinterpret_cast<const float4*>(parts + (t * 8 + g) * angles + angle);
                 const float4 low = part[0], high = part[1];
                 auto turned_pair = [](float along, float across, float cosine, float sine) {
-                    return Float16Pairs::pack(along * cosine + across * sine, across * cosine - along * sine);
+                    return Float16Pairs::of(along * cosine + across * sine, across * cosine - along * sine);
                 };
                 uint2* to = turned + (t * (channel_pairs / 2) + j) * 32 + lane;
                 to[0] = make_uint2(turned_pair(low.x, low.y, cosine.x, sine.x), turned_pair(low.z, low.w, cosine.y, sine.y));

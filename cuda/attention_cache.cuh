@@ -53,8 +53,8 @@ INLINE void unpack_word(uint32* pairs, uint32 word) {
 
 // The same channels of two tokens, low and high, as one pair per channel; a half word has half of them.
 template <bool HALF> INLINE void unpack_tokens(uint32* pairs, uint32 low, uint32 high) {
-    unpack_word(pairs, choose_bytes(low, high, 0x5410));
-    if constexpr (!HALF) unpack_word(pairs + word_pairs, choose_bytes(low, high, 0x7632));
+    unpack_word(pairs, permute_bytes(low, high, 0x5410));
+    if constexpr (!HALF) unpack_word(pairs + word_pairs, permute_bytes(low, high, 0x7632));
 }
 
 // A row of codes shared by LANES lanes: each reads pieces of 16, 8, 4 or 2 bytes, neighbours next to each other.

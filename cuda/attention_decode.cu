@@ -269,7 +269,7 @@ template <bool GLOBAL> INLINE void weigh(float* factors, float2* totals, const f
         }
         for (int distance = 16; distance; distance /= 2) reference = fmaxf(reference, __shfl_xor_sync(all_lanes, reference, distance));
         for (int part = lane; part < parts; part += 32) {
-            const float factor = exp2_fast(factors[part * columns + column] - reference);
+            const float factor = exp2_approximate(factors[part * columns + column] - reference);
             factors[part * columns + column] = factor;
             weight += factor * read<GLOBAL>(at + part * rows * record + 1);
         }

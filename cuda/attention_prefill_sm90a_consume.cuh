@@ -115,14 +115,14 @@ struct Consumer {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 const float now = fmaxf(top[i], state.reference[i]);
-                factor[i] = exp2_fast(state.reference[i] - now);
+                factor[i] = exp2_approximate(state.reference[i] - now);
                 state.reference[i] = now;
                 state.weight[i] *= factor[i];
             }
         }
 #pragma unroll
         for (int i = 0; i < TILE / 2; ++i) {
-            scores[i] = exp2_fast(scores[i] * problem.slope - state.reference[i / 2 % 2]);
+            scores[i] = exp2_approximate(scores[i] * problem.slope - state.reference[i / 2 % 2]);
             state.weight[i / 2 % 2] += scores[i];
         }
         return moves;
@@ -132,7 +132,7 @@ struct Consumer {
 #pragma unroll
         for (int step = 0; step < TOKEN_STEPS; ++step)
 #pragma unroll
-            for (int r = 0; r < 4; ++r) weights[step][r] = Operand::pack(scores[step * 8 + r * 2], scores[step * 8 + r * 2 + 1]);
+            for (int r = 0; r < 4; ++r) weights[step][r] = Operand::of(scores[step * 8 + r * 2], scores[step * 8 + r * 2 + 1]);
     }
 
     static INLINE void shrink(Sums& sums, const float (&factor)[2]) {
@@ -260,7 +260,7 @@ struct Consumer {
                         pair[k] = sums[first / SUM_CHANNELS][(first % SUM_CHANNELS / 8 + j) * 4 + i * 2 + k] * share[i];
                         if (BIASED && share[i] > 0.0f) pair[k] += bias[first + j * 8 + channel_at(2 * c + k)];
                     }
-                    *reinterpret_cast<uint32*>(staging + (i * 8 + g) * STORE_PITCH + j * 16 + c * 4) = OutputPairs::pack(pair[0], pair[1]);
+                    *reinterpret_cast<uint32*>(staging + (i * 8 + g) * STORE_PITCH + j * 16 + c * 4) = OutputPairs::of(pair[0], pair[1]);
                 }
             __syncwarp();
 #pragma unroll

@@ -26,7 +26,7 @@ template <Side SIDE> struct Producer {
         auto channel = [&](int i) { return to_float(Query{static_cast<uint16>(words[i / 2] >> (i % 2 * 16))}); };
         uint32 pairs[4];
 #pragma unroll
-        for (int p = 0; p < 4; ++p) pairs[p] = Operand::pack(channel(channel_at(2 * p)), channel(channel_at(2 * p + 1)));
+        for (int p = 0; p < 4; ++p) pairs[p] = Operand::of(channel(channel_at(2 * p)), channel(channel_at(2 * p + 1)));
         return make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
     }
 

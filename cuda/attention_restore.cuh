@@ -11,8 +11,8 @@ __device__ constexpr int channel_at(int position) {
     return position / word_channels * word_channels + position % word_channels / 2 + position % 2 * word_pairs;
 }
 
-INLINE uint32 low_twice(uint32 pair) { return choose_bytes(pair, pair, 0x1010); }
-INLINE uint32 high_twice(uint32 pair) { return choose_bytes(pair, pair, 0x3232); }
+INLINE uint32 low_twice(uint32 pair) { return permute_bytes(pair, pair, 0x1010); }
+INLINE uint32 high_twice(uint32 pair) { return permute_bytes(pair, pair, 0x3232); }
 
 // fp16 numbers, each of them twice in a register.
 struct Restore {
@@ -20,16 +20,16 @@ struct Restore {
 
     // `numbers`: of one side of a token, and for FP8 of both: the key's low.
     INLINE Restore(uint32 numbers, bool values) {
-        if constexpr (element == FP8) scale = multiply_half(values ? high_twice(numbers) : low_twice(numbers), 0x5C005C00u);  // 256: e4m3_to_half
+        if constexpr (element == FP8) scale = Float16Pairs::multiply(values ? high_twice(numbers) : low_twice(numbers), 0x5C005C00u);  // 256: e4m3_to_half
         else scale = low_twice(numbers), minimum = high_twice(numbers);
     }
 
     // Codes in the low bits of 1024, which count ones there, and in the bits above them: 16 times as much.
     INLINE uint32 low(uint32 word, uint32 mask) const {
-        return fma_half(fma_half(masked_onto(word, mask, 0x64006400u), 0x3C003C00u, 0xE400E400u), scale, minimum);
+        return Float16Pairs::fma(Float16Pairs::fma(masked_onto(word, mask, 0x64006400u), 0x3C003C00u, 0xE400E400u), scale, minimum);
     }
     INLINE uint32 high(uint32 word, uint32 mask) const {
-        return fma_half(fma_half(masked_onto(word, mask, 0x64006400u), 0x2C002C00u, 0xD400D400u), scale, minimum);
+        return Float16Pairs::fma(Float16Pairs::fma(masked_onto(word, mask, 0x64006400u), 0x2C002C00u, 0xD400D400u), scale, minimum);
     }
 
     // The pairs of a word, as in unpack_word.
@@ -44,8 +44,8 @@ struct Restore {
             pairs[1] = low(word >> 8, 0x00FF00FFu);
         } else if constexpr (element == FP8) {
             unpack_word(pairs, word);
-            pairs[0] = multiply_half(pairs[0], scale);
-            pairs[1] = multiply_half(pairs[1], scale);
+            pairs[0] = Float16Pairs::multiply(pairs[0], scale);
+            pairs[1] = Float16Pairs::multiply(pairs[1], scale);
         }
     }
 
@@ -61,10 +61,10 @@ struct Restore {
 INLINE uint4 in_order(const uint4& piece) {
     constexpr uint32 LOW = 0x5410, HIGH = 0x7632;
     if constexpr (element == INT4)
-        return make_uint4(choose_bytes(piece.x, piece.y, LOW), choose_bytes(piece.z, piece.w, LOW),
-                          choose_bytes(piece.x, piece.y, HIGH), choose_bytes(piece.z, piece.w, HIGH));
+        return make_uint4(permute_bytes(piece.x, piece.y, LOW), permute_bytes(piece.z, piece.w, LOW),
+                          permute_bytes(piece.x, piece.y, HIGH), permute_bytes(piece.z, piece.w, HIGH));
     else if constexpr (element == BF16) return piece;
     else
-        return make_uint4(choose_bytes(piece.x, piece.y, LOW), choose_bytes(piece.x, piece.y, HIGH),
-                          choose_bytes(piece.z, piece.w, LOW), choose_bytes(piece.z, piece.w, HIGH));
+        return make_uint4(permute_bytes(piece.x, piece.y, LOW), permute_bytes(piece.x, piece.y, HIGH),
+                          permute_bytes(piece.z, piece.w, LOW), permute_bytes(piece.z, piece.w, HIGH));
 }

@@ -36,7 +36,7 @@ template <class Query> INLINE uint32 query_pair(float& sum, const Query* row, in
     const float low = to_float(row[KeySlice::channel(c, local)]), high = to_float(row[KeySlice::channel(c, local + word_pairs)]);
     const float place = p % word_pairs % 2 ? odd_place : 1.0f;
     sum += low + high;
-    return Operand::pack(low * place, high * place);
+    return Operand::of(low * place, high * place);
 }
 
 // The fragments of `columns` queries that lie in shared memory, given to keep(t, p, pair), and their line.
@@ -129,7 +129,7 @@ template <int TILES> INLINE void keep_in_range(State& state, const Scores<TILES>
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             constexpr float smallest = 5.9604645e-8f;  // the smallest fp16 number above zero
-            const float exponent = number_bytes ? log2_fast(fmaxf(numbers[tile][half].value_scale, smallest)) : 0.0f;
+            const float exponent = number_bytes ? log2_approximate(fmaxf(numbers[tile][half].value_scale, smallest)) : 0.0f;
 #pragma unroll
             for (int t = 0; t < query_tiles; ++t)
 #pragma unroll
@@ -146,7 +146,7 @@ template <int TILES> INLINE void keep_in_range(State& state, const Scores<TILES>
         for (int i = 0; i < 2; ++i) {
             for (int distance = 4; distance < 32; distance *= 2) top[t][i] = fmaxf(top[t][i], __shfl_xor_sync(all_lanes, top[t][i], distance));
             const float old = state.reference[t][i], now = top[t][i] > old + highest ? top[t][i] - aim : old;
-            const float factor = exp2_fast(old - now);
+            const float factor = exp2_approximate(old - now);
             state.reference[t][i] = now;
             state.weight[t][i] *= factor;
             state.minimum[t][i] *= factor;
@@ -168,12 +168,12 @@ INLINE void add_values(State& state, const Scores<TILES>& scores, const TileNumb
                 float scaled[2];
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
-                    const float weight = exp2_fast(scores[t][tile][2 * half + i] - state.reference[t][i]);
+                    const float weight = exp2_approximate(scores[t][tile][2 * half + i] - state.reference[t][i]);
                     state.weight[t][i] += weight;
                     state.minimum[t][i] += weight * numbers[tile][half].value_minimum;
                     scaled[i] = weight * numbers[tile][half].value_scale;
                 }
-                weights[t][half] = transposed(Operand::pack(scaled[0], scaled[1]));
+                weights[t][half] = transposed(Operand::of(scaled[0], scaled[1]));
             }
         uint32 pairs[2][channel_pairs];
 #pragma unroll

@@ -25,6 +25,12 @@ __device__ __forceinline__ float exp2_approximate(float value) {
   return result;
 }
 
+__device__ __forceinline__ float log2_approximate(float value) {
+  float result;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+  return result;
+}
+
 __device__ __forceinline__ float reciprocal_approximate(float value) {
   float result;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));

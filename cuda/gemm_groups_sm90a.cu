@@ -246,8 +246,8 @@ struct Consumer {
 #pragma unroll
                 for (int i = 0; i < TOGETHER; ++i) {
                     const float* sum = sums + (offset / 8 + column + i) * 4;
-                    matrix[2 * i] = OUTPUT::pack(sum[0] + upper, sum[1] + upper);
-                    matrix[2 * i + 1] = OUTPUT::pack(sum[2] + lower, sum[3] + lower);
+                    matrix[2 * i] = Pair<OUTPUT>::of(sum[0] + upper, sum[1] + upper);
+                    matrix[2 * i + 1] = Pair<OUTPUT>::of(sum[2] + lower, sum[3] + lower);
                 }
                 store_matrices(staging + ((column + lane / 16 % TOGETHER) * 8 + lane % 8) * STORE_PITCH + lane / 8 % 2 * 16, matrix);
             }

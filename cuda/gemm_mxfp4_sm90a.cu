@@ -3,6 +3,7 @@
 // so here, and one scale per row and one per token are all that is left outside.
 #include "mma_e4m3.cuh"
 #include "unpack.cuh"
+#include "words.cuh"
 
 constexpr int PLANES = 1;
 constexpr int SUMMED_BLOCKS = ROW_GROUPS * K_GROUPS <= 2 || STAGE_BLOCKS > K_GROUPS || TOKENS <= 16 ? 2 : 1;  // as registers allow
@@ -13,21 +14,15 @@ using Fragment = WeightFragment;
 
 template <bool add = true, int COUNT> INLINE void mma(float (&d)[COUNT], const uint32 (&a)[4], uint64 b) { mma_e4m3(d, a, b, add); }
 
-INLINE uint32 permute(uint32 low, uint32 high, uint32 selector) {
-    uint32 bytes;
-    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(low), "r"(high), "r"(selector));
-    return bytes;
-}
-
 // The e4m3 bytes of the magnitudes 0, 0.5, 1, 1.5, 2, 3, 4, 6 of a group, in units of 2^-6. `powers` holds eight times the
 // exponent of each of a row's four groups, at least 8: then no magnitude but zero is below e4m3's normal numbers.
 struct Magnitudes {
     uint32 low, high;
 
     INLINE Magnitudes(uint32 powers, int group)
-        : low(0x0C080000 + permute(powers, 0, group * 0x1110 + 4)), high(0x1C181410 + permute(powers, 0, group * 0x1111)) {}
+        : low(0x0C080000 + permute_bytes(powers, 0, group * 0x1110 + 4)), high(0x1C181410 + permute_bytes(powers, 0, group * 0x1111)) {}
 
-    INLINE uint32 operator[](uint32 selector) const { return permute(low, high, selector); }
+    INLINE uint32 operator[](uint32 selector) const { return permute_bytes(low, high, selector); }
 };
 
 // `block`: 4096 bytes in thread order, then the powers of 64 rows. The lower half of a word has four magnitudes of row g in its

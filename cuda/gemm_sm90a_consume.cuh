@@ -229,7 +229,7 @@ struct Consumer {
                         }
                         low = promote(sums[sum + 2 * half], row_scale[half], scale.x, low);
                         high = promote(sums[sum + 2 * half + 1], row_scale[half], scale.y, high);
-                        matrix[2 * i + half] = OUTPUT::pack(low, high);
+                        matrix[2 * i + half] = Pair<OUTPUT>::of(low, high);
                     }
                 }
                 const int token = (column + lane / 16 % TOGETHER) * 8 + lane % 8;

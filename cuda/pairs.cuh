@@ -2,13 +2,7 @@
 #pragma once
 
 #include "numbers.cuh"
-
-// The bytes of a, 0 ... 3, and of b, 4 ... 7, that the selector names.
-__device__ __forceinline__ unsigned permute_bytes(unsigned a, unsigned b, unsigned selector) {
-  unsigned result;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(selector));
-  return result;
-}
+#include "words.cuh"
 
 template <class Number> struct Pair;
 
@@ -45,6 +39,11 @@ template <> struct Pair<fp16> {
   static __device__ __forceinline__ unsigned multiply(unsigned a, unsigned b) {
     unsigned word;
     asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(word) : "r"(a), "r"(b));
+    return word;
+  }
+  static __device__ __forceinline__ unsigned fma(unsigned a, unsigned b, unsigned c) {
+    unsigned word;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(word) : "r"(a), "r"(b), "r"(c));
     return word;
   }
 };

@@ -1,22 +1,7 @@
 // Getting results out of an SM: 16-bit outputs through shared memory, and partial sums handed from block to block.
 #pragma once
 #include "load.cuh"
-
-struct Bfloat16 {
-    static INLINE uint32 pack(float low, float high) {
-        uint32 pair;
-        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-        return pair;
-    }
-};
-
-struct Float16 {
-    static INLINE uint32 pack(float low, float high) {
-        uint32 pair;
-        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-        return pair;
-    }
-};
+#include "pairs.cuh"
 
 // Transposing stores of 8x8 matrices of 16-bit elements: lane l gives the address of row l % 8 of matrix l / 8.
 INLINE void store_matrices(void* row, const uint32 (&matrix)[4]) {

@@ -1,5 +1,6 @@
 // From packed 4-bit weights and their group scales to the fp16 operand of a warpgroup MMA.
 #pragma once
+#include "pairs.cuh"
 #include "unpack.cuh"
 
 // ELEMENT (INT4, E2M1), GROUP (16 ... 128 channels) and SCALE come from the compiler's command line. A row's scales are
@@ -21,34 +22,7 @@ constexpr int PAIR_BYTES = 2 * GROUPS * SCALE_BYTES;  // scales of the two rows 
 constexpr int CODE_BYTES = BLOCK_ROWS * BLOCK_K / 2;
 constexpr int SCALED_BLOCK_BYTES = CODE_BYTES + BLOCK_ROWS / 2 * PAIR_BYTES;
 
-// ---- arithmetic on two fp16 numbers in a register
-
-INLINE uint32 add(uint32 a, uint32 b) {
-    uint32 result;
-    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
-    return result;
-}
-INLINE uint32 multiply(uint32 a, uint32 b) {
-    uint32 result;
-    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
-    return result;
-}
-INLINE uint32 multiply_add(uint32 a, uint32 b, uint32 c) {
-    uint32 result;
-    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
-    return result;
-}
-// (a & b) | c in one instruction, which takes one constant only: the others are kept in registers.
-INLINE uint32 and_or(uint32 a, uint32 b, uint32 c) {
-    uint32 result;
-    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
-    return result;
-}
-INLINE uint32 choose_bytes(uint32 low, uint32 high, uint32 selector) {
-    uint32 result;
-    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(low), "r"(high), "r"(selector));
-    return result;
-}
+using Halves = Pair<fp16>;
 
 // ---- scales
 
@@ -76,11 +50,11 @@ struct PairScales {
     // Twice in a register, as fp16.
     INLINE uint32 both(int half, int group) const {
         const int index = half * GROUPS + group;
-        if constexpr (scale == FP16) return choose_bytes(words[index / 2], 0, index % 2 ? 0x3232 : 0x1010);
+        if constexpr (scale == FP16) return permute_bytes(words[index / 2], 0, index % 2 ? 0x3232 : 0x1010);
         const uint32 word = words[index / 4], byte = index % 4;
         if constexpr (scale == MULTIPLIER)  // 1024 plus what is stored, minus 1152
-            return add(choose_bytes(word, 0x64, 0x4040 | byte * 0x0101), 0xE480E480);
-        const uint32 upper = choose_bytes(word, 0, 0x0404 | byte * 0x1010);
+            return Halves::add(permute_bytes(word, 0x64, 0x4040 | byte * 0x0101), 0xE480E480);
+        const uint32 upper = permute_bytes(word, 0, 0x0404 | byte * 0x1010);
         return scale == E4M3 ? upper >> 1 : upper;  // E4M3's exponent has a bit less: times 2^-8
     }
 };
@@ -89,14 +63,14 @@ struct PairScales {
 
 // Register r of a step from its word: two INT4 codes, nibbles q + 8. Those of row g are in the low nibbles of bytes, those of
 // row g + 8 in the high ones: as the last bits of 1024 + (q + 8), or of 1024 + 16 (q + 8).
-INLINE uint32 biased_codes(uint32 word, int r) { return and_or(word >> r / 2 * 8, r % 2 ? 0x00F000F0 : 0x000F000F, 0x64006400); }
+INLINE uint32 biased_codes(uint32 word, int r) { return masked_onto(word >> r / 2 * 8, r % 2 ? 0x00F000F0 : 0x000F000F, 0x64006400); }
 
 // The same of E2M1 codes, times 2^-14: sign and three bits where fp16 has its sign, the end of its exponent and the first bit
 // of its mantissa. A half of the word holds {sign 0, sign 2, sign 3, sign 1, code 0, code 1, code 2, code 3}.
 INLINE uint32 e2m1_codes(uint32 word, int r) {
     constexpr uint32 SIGN = 0x80008000, CODE = 0x0E000E00;
     if (r < 2) return word << 3 * r & (SIGN | CODE);
-    return and_or(word << r - 1, SIGN, word << 3 * r & CODE);
+    return masked_onto(word << r - 1, SIGN, word << 3 * r & CODE);
 }
 
 // `block`: 4096 bytes of codes in thread order, then scales by pairs of rows. Integer multipliers give exact products in one
@@ -110,20 +84,21 @@ INLINE void unpack_scaled(HalfFragment& fragment, const uint8* block, int thread
     for (int group = 0; group < GROUPS; ++group) {
         const uint32 upper = scales.both(0, group), lower = scales.both(1, group);
         // Of 1024 + (q + 8) and 1024 + 16 (q + 8): what turns them into q times the scale.
-        const uint32 lower_16th = multiply(lower, 0x2C002C00), upper_zero = multiply(upper, 0xE408E408), lower_zero = multiply(lower, 0xD480D480);
+        const uint32 upper_zero = Halves::multiply(upper, 0xE408E408);
+        const uint32 lower_16th = Halves::multiply(lower, 0x2C002C00), lower_zero = Halves::multiply(lower, 0xD480D480);
 #pragma unroll
         for (int step = group * 8 / GROUPS; step < (group + 1) * 8 / GROUPS; ++step) {
 #pragma unroll
             for (int r = 0; r < 4; ++r) {
                 if constexpr (element == E2M1) {
-                    fragment.step[step][r] = multiply(e2m1_codes(words[step], r), r % 2 ? lower : upper);
+                    fragment.step[step][r] = Halves::multiply(e2m1_codes(words[step], r), r % 2 ? lower : upper);
                 } else if constexpr (scale == MULTIPLIER) {
                     const uint32 codes = biased_codes(words[step], r);
-                    fragment.step[step][r] = r % 2 ? multiply_add(codes, lower_16th, lower_zero) : multiply_add(codes, upper, upper_zero);
+                    fragment.step[step][r] = r % 2 ? Halves::fma(codes, lower_16th, lower_zero) : Halves::fma(codes, upper, upper_zero);
                 } else {
                     const uint32 codes = biased_codes(words[step], r);
-                    const uint32 q = r % 2 ? multiply_add(codes, 0x2C002C00, 0xD480D480) : add(codes, 0xE408E408);
-                    fragment.step[step][r] = multiply(q, r % 2 ? lower : upper);
+                    const uint32 q = r % 2 ? Halves::fma(codes, 0x2C002C00, 0xD480D480) : Halves::add(codes, 0xE408E408);
+                    fragment.step[step][r] = Halves::multiply(q, r % 2 ? lower : upper);
                 }
             }
         }

@@ -18,6 +18,7 @@ from atomcli.kernels import warp_gemm
 from atomcli.kernels.compiler import load_kernel, multiprocessors
 from atomcli.kernels.group_layouts import CHANNELS, ROWS, Codes, PackedGroups
 from atomcli.kernels.quantize import Operand
+from atomcli.kernels.tiles import OUTPUTS
 from atomcli.kernels.workspace import workspace
 
 WEIGHT_SCALES = {"fp16": ("FP16", 2), "e8m0": ("E8M0", 1), "e4m3": ("E4M3", 1)}
@@ -89,7 +90,7 @@ def shape_for(tokens: int, rows: int, blocks: int, processors: int, scheme: Sche
         "ELEMENT": scheme.weights.element.upper(),
         "GROUP": scheme.weights.group,
         "WEIGHT_SCALE": scale,
-        "OUTPUT": {torch.bfloat16: "Bfloat16", torch.float16: "Float16"}[dtype],
+        "OUTPUT": OUTPUTS[dtype],
     }
     threads = row_groups * 128 + (64 if blocks_per_sm == 2 else 128)
     return Shape(defines, threads, fixed + stages * stage, row_groups * ROWS, tile, blocks_per_sm)

@@ -6,7 +6,7 @@ import torch
 
 from atomcli.kernels.layouts import BLOCK, ROW_GROUP, Kind
 
-OUTPUTS = {torch.bfloat16: "Bfloat16", torch.float16: "Float16"}
+OUTPUTS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 WARPGROUP = 128
 SHARED_LIMIT = 227 << 10
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from atomcli.kernels.compiler import load_kernel, multiprocessors
 from atomcli.kernels.layouts import GemmWeight
 from atomcli.kernels.quantize import Operand
+from atomcli.kernels.tiles import OUTPUTS
 from atomcli.kernels.workspace import workspace
 
 ROWS, CHANNELS = 64, 128  # of a block of weights
@@ -61,7 +62,7 @@ def launch(
     device, (tokens, out_features) = output.device, output.shape
     row_groups, k_blocks, weight_bytes = blocks.shape
     processors = multiprocessors(device)
-    output_name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[output.dtype]
+    output_name = OUTPUTS[output.dtype]
     defines, rows, splits = tile(tokens, output_name, k_blocks, row_groups, processors)
     defines = {**defines, **extra}
     warps = int(defines["ROW_WARPS"]) * int(defines["TOKEN_WARPS"])

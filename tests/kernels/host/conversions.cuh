@@ -20,4 +20,5 @@ inline unsigned short float_to_bfloat(float value) {
 }
 
 inline float exp2_approximate(float value) { return exp2f(value); }
+inline float log2_approximate(float value) { return log2f(value); }
 inline float reciprocal_approximate(float value) { return 1.0f / value; }

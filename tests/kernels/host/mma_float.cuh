@@ -1,7 +1,7 @@
 // The host's version of cuda/mma_float.cuh.
 #pragma once
 #include "mma_sync.cuh"
-#include "numbers.cuh"
+#include "pairs.cuh"
 
 namespace host {
 
@@ -26,11 +26,10 @@ template <class Number> void mma_pairs(float (&d)[4], const uint32 (&a)[4], cons
     }
 }
 
-template <class Number> struct Pairs {
+template <class Number> struct Pairs : Pair<Number> {
     static void mma(float (&d)[4], uint32 a0, uint32 a1, uint32 a2, uint32 a3, uint32 b0, uint32 b1) {
         mma_pairs<Number>(d, {a0, a1, a2, a3}, {b0, b1});
     }
-    static uint32 pack(float low, float high) { return from_float<Number>(low).bits | static_cast<uint32>(from_float<Number>(high).bits) << 16; }
 };
 
 }  // namespace host
@@ -43,27 +42,4 @@ INLINE uint32 transposed(uint32 matrix) {
     const int row = host::lane() / 4, column = host::lane() % 4 * 2;
     auto element = [&](int r, int c) { return static_cast<uint32>(all[r * 4 + c / 2] >> (16 * (c % 2)) & 0xFFFF); };
     return element(column, row) | element(column + 1, row) << 16;
-}
-
-INLINE uint32 masked_onto(uint32 word, uint32 mask, uint32 base) { return word & mask | base; }
-
-INLINE uint32 fma_half(uint32 a, uint32 b, uint32 c) {
-    uint32 result = 0;
-    for (int half = 0; half < 2; ++half) {
-        const double exact = double(host::half_of<fp16>(a, half)) * host::half_of<fp16>(b, half) + host::half_of<fp16>(c, half);
-        result |= static_cast<uint32>(from_float<fp16>(static_cast<float>(exact)).bits) << (16 * half);
-    }
-    return result;
-}
-
-INLINE uint32 multiply_half(uint32 a, uint32 b) { return fma_half(a, b, 0); }
-
-INLINE float exp2_fast(float x) { return exp2f(x); }
-INLINE float log2_fast(float x) { return log2f(x); }
-
-INLINE uint32 choose_bytes(uint32 low, uint32 high, uint32 selector) {
-    const uint64 both = static_cast<uint64>(high) << 32 | low;
-    uint32 result = 0;
-    for (int i = 0; i < 4; ++i) result |= static_cast<uint32>(both >> (8 * (selector >> (4 * i) & 7)) & 255) << (8 * i);
-    return result;
 }

@@ -22,50 +22,36 @@ template <int SWIZZLE, int ROWS> INLINE uint64 columns_descriptor(const void* ti
 // What this thread wrote to shared memory is there for MMAs and bulk copies that start after the next barrier.
 INLINE void fence_shared_for_mma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-#define P0 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-#define P16 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define P32 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
-#define P48 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define D16(i) D4(i), D4(i + 4), D4(i + 8), D4(i + 12)
-#define D64(i) D16(i), D16(i + 16), D16(i + 32), D16(i + 48)
-
 // With A in registers, and B's rows summed over if SUMMED, else multiplied along.
-#define WGMMA_REGISTERS(N, TYPE, LIST, INPUTS, ADD, TRANSPOSED, ...)                                                       \
-    template <bool SUMMED> static INLINE void mma(float(&d)[N / 2], const uint32(&a)[4], uint64 b, int add) {             \
-        asm volatile("{ .reg .pred add; setp.ne.b32 add, " ADD ", 0; "                                                    \
-                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" LIST "}, " INPUTS               \
-                     ", add, 1, 1, " TRANSPOSED "; }"                                                                     \
-                     : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(int(SUMMED)));     \
+#define WGMMA_REGISTERS(N, D, A0, A1, A2, A3, B, ADD, TRANSPOSED, TYPE)                                                    \
+    template <bool SUMMED> static INLINE void mma(float(&d)[N / 2], const uint32(&a)[4], uint64 b, int add) {              \
+        asm volatile("{ .reg .pred add; setp.ne.b32 add, " ADD ", 0; "                                                     \
+                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" D "}, "                          \
+                     "{" A0 ", " A1 ", " A2 ", " A3 "}, " B ", add, 1, 1, " TRANSPOSED "; }"                               \
+                     : WGMMA_D##N("+f")                                                                                    \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(int(SUMMED)));                    \
     }
 // With A in shared memory; both are multiplied along their rows.
-#define WGMMA_SHARED(N, TYPE, LIST, INPUTS, ADD, ...)                                                                      \
-    static INLINE void mma(float(&d)[N / 2], uint64 a, uint64 b, int add) {                                               \
-        asm volatile("{ .reg .pred add; setp.ne.b32 add, " ADD ", 0; "                                                    \
-                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" LIST "}, " INPUTS               \
-                     ", add, 1, 1, 0, 0; }"                                                                               \
-                     : __VA_ARGS__ : "l"(a), "l"(b), "r"(add));                                                           \
+#define WGMMA_SHARED(N, D, A, B, ADD, _3, _4, _5, _6, TYPE)                                                                \
+    static INLINE void mma(float(&d)[N / 2], uint64 a, uint64 b, int add) {                                                \
+        asm volatile("{ .reg .pred add; setp.ne.b32 add, " ADD ", 0; "                                                     \
+                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" D "}, " A ", " B                 \
+                     ", add, 1, 1, 0, 0; }"                                                                                \
+                     : WGMMA_D##N("+f") : "l"(a), "l"(b), "r"(add));                                                       \
     }
 #define WGMMAS(NAME, TYPE)                                                                                                 \
     struct NAME {                                                                                                          \
-        WGMMA_REGISTERS(8, TYPE, "%0, %1, %2, %3", "{%4, %5, %6, %7}, %8", "%9", "%10", D4(0))                             \
-        WGMMA_REGISTERS(16, TYPE, "%0, %1, %2, %3, %4, %5, %6, %7", "{%8, %9, %10, %11}, %12", "%13", "%14", D4(0), D4(4)) \
-        WGMMA_REGISTERS(32, TYPE, P0, "{%16, %17, %18, %19}, %20", "%21", "%22", D16(0))                                    \
-        WGMMA_REGISTERS(64, TYPE, P0 ", " P16, "{%32, %33, %34, %35}, %36", "%37", "%38", D16(0), D16(16))                 \
-        WGMMA_REGISTERS(96, TYPE, P0 ", " P16 ", " P32, "{%48, %49, %50, %51}, %52", "%53", "%54", D16(0), D16(16), D16(32)) \
-        WGMMA_REGISTERS(128, TYPE, P0 ", " P16 ", " P32 ", " P48, "{%64, %65, %66, %67}, %68", "%69", "%70", D64(0))       \
-        WGMMA_SHARED(64, TYPE, P0 ", " P16, "%32, %33", "%34", D16(0), D16(16))                                            \
-        WGMMA_SHARED(128, TYPE, P0 ", " P16 ", " P32 ", " P48, "%64, %65", "%66", D64(0))                                  \
+        WGMMA_N8(WGMMA_REGISTERS, TYPE)                                                                                    \
+        WGMMA_N16(WGMMA_REGISTERS, TYPE)                                                                                   \
+        WGMMA_N32(WGMMA_REGISTERS, TYPE)                                                                                   \
+        WGMMA_N64(WGMMA_REGISTERS, TYPE)                                                                                   \
+        WGMMA_N96(WGMMA_REGISTERS, TYPE)                                                                                   \
+        WGMMA_N128(WGMMA_REGISTERS, TYPE)                                                                                  \
+        WGMMA_N64(WGMMA_SHARED, TYPE)                                                                                      \
+        WGMMA_N128(WGMMA_SHARED, TYPE)                                                                                     \
     };
 WGMMAS(Float16Warpgroup, "f16")
 WGMMAS(Bfloat16Warpgroup, "bf16")
 #undef WGMMAS
 #undef WGMMA_SHARED
 #undef WGMMA_REGISTERS
-#undef D64
-#undef D16
-#undef D4
-#undef P0
-#undef P16
-#undef P32
-#undef P48

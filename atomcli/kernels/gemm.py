@@ -4,17 +4,13 @@ cuda/gemm_sm90a.cuh computes it; which tile it takes is chosen in kernels/tune.p
 that torch.compile and CUDA graphs can hold it. The experts of a mixture are one product too, on a stack of weights.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from atomcli.errors import UsageError
-from atomcli.kernels import compiler, tune
+from atomcli.kernels import compiler, gemm_launch, tune
 from atomcli.kernels.layouts import BLOCK, BLOCK_BYTES, GemmWeight, Kind
 from atomcli.kernels.quantize import Operand
-from atomcli.kernels.tiles import OUTPUTS, Tile, deal, source
-from atomcli.kernels.workspace import workspace
+from atomcli.kernels.tiles import Tile, source
 
 
 def linear(operand: Operand, weight: GemmWeight, tokens: int, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
@@ -35,10 +31,7 @@ def expert_linear(
     padded, and the host need not know how many there are of each. Raises UsageError like `linear`.
     """
     _check(operand, weights, tokens, dtype, None)
-    experts = weights.body.shape[0]
-    if weights.body.dim() != 4 or expert_starts.shape != (experts + 1,) or expert_starts.dtype != torch.int32:
-        found = f"{expert_starts.dtype} {tuple(expert_starts.shape)}"
-        raise UsageError(f"A stack of {experts} experts needs {experts + 1} int32 starts, not {found}.")
+    gemm_launch.check_experts(weights.body, expert_starts)
     return _call(operand, weights, None, expert_starts, tokens, dtype)
 
 
@@ -58,25 +51,8 @@ def _call(
 
 
 def _check(operand: Operand, weight: GemmWeight, tokens: int, dtype: torch.dtype, bias: Tensor | None) -> None:
-    codes = operand.codes
-    blocks = weight.body.shape[-2] + (weight.outliers is not None)
-    if dtype not in OUTPUTS:
-        raise UsageError(f"The GEMM puts out bfloat16 or float16, not {dtype}.")
-    if codes.dim() != 3 or codes.shape[0] != blocks or codes.shape[2] != BLOCK or codes.element_size() != 1:
-        raise UsageError(
-            f"The operand is {codes.dtype} {tuple(codes.shape)}, the weight needs 8-bit ({blocks}, tokens, {BLOCK})."
-        )
-    padded = codes.shape[1]
-    if padded % 8 or padded < tokens:
-        raise UsageError(f"The operand has {padded} token rows; {tokens} tokens need a multiple of 8 that holds them.")
-    scale = operand.token_scale
-    if scale.numel() < padded or scale.dtype != torch.float32:
-        raise UsageError(f"token_scale must be fp32 of {padded} values, not {scale.dtype} {tuple(scale.shape)}.")
-    if bias is not None and (bias.dtype != torch.float32 or bias.shape != (weight.shape[0],)):
-        raise UsageError(f"The bias must be fp32 ({weight.shape[0]},), not {bias.dtype} {tuple(bias.shape)}.")
-    for name, tensor in (("operand", codes), ("weight", weight.body), ("bias", bias)):
-        if tensor is not None and not tensor.is_contiguous():
-            raise UsageError(f"The {name} of the GEMM must be contiguous; its strides are {tensor.stride()}.")
+    planes = weight.body.shape[-2] + (weight.outliers is not None)
+    gemm_launch.check(operand, planes, weight.body, weight.shape[0], tokens, dtype, bias)
 
 
 def launch(
@@ -91,28 +67,12 @@ def launch(
 
     With `expert_starts` (experts + 1,) the weight is a stack: tokens starts[e] ... starts[e + 1] - 1 take expert e.
     """
-    device = output.device
-    tokens, rows = output.shape
-    padded, (row_groups, blocks) = operand.codes.shape[1], weight.body.shape[-3:-1]
     experts = 0 if expert_starts is None else expert_starts.numel() - 1
-    shared_bytes = tile.shared_bytes(BLOCK_BYTES[weight.kind])
-    defines = tile.defines(output.dtype, experts)
-    kernel = compiler.load_kernel(source(weight.kind), "gemm", device, defines, shared_bytes)
-    token_tiles, processors = -(-tokens // tile.tokens), compiler.multiprocessors(device)
-    if expert_starts is None:
-        row_tiles = -(-rows // (tile.rows * tile.cluster)) * tile.cluster
-        grid, split_tiles = deal(tile, row_tiles * token_tiles, processors)
-    else:  # how many tiles there are is known on the device
-        row_tiles = row_groups // tile.row_groups
-        grid, split_tiles = tile.blocks or processors * tile.blocks_per_sm, int(tile.split == "all")
-    partials = flags = None
-    if split_tiles:  # a tile of sums for each block, and a flag for each of its warps
-        sums, warps = grid * tile.rows * tile.tokens, tile.row_groups * 4
-        _, partials, flags = workspace(device, "gemm", sums, grid * warps, torch.int32)
-    kernel.launch(
-        grid, tile.threads, weight.body, weight.outliers, operand.codes, weight.row_scale, weight.outlier_row_scale,
-        operand.token_scale, operand.outlier_scale, bias, output, partials, flags, expert_starts, rows, tokens, padded,
-        blocks, row_tiles, token_tiles, split_tiles, overlap=True,
+    defines, shared_bytes = tile.defines(output.dtype, experts), tile.shared_bytes(BLOCK_BYTES[weight.kind])
+    kernel = compiler.load_kernel(source(weight.kind), "gemm", output.device, defines, shared_bytes)
+    gemm_launch.launch(
+        kernel, tile, operand, weight.body, weight.row_scale, output, bias, expert_starts, weight.outliers,
+        weight.outlier_row_scale,
     )  # fmt: skip
 
 
@@ -147,11 +107,6 @@ def _gemm(
     return output
 
 
-def _gemm_shape(codes: Tensor, *rest: Any) -> Tensor:
-    *_, rows, tokens, dtype = rest
-    return codes.new_empty(tokens, rows, dtype=dtype)
-
-
 _library = torch.library.Library("atom", "FRAGMENT")
 _library.define(
     "gemm(Tensor codes, Tensor token_scale, Tensor outlier_scale, Tensor body, Tensor? outliers, Tensor row_scale, "
@@ -159,4 +114,4 @@ _library.define(
     "ScalarType dtype) -> Tensor"
 )
 _library.impl("gemm", _gemm, "CUDA")
-torch.library.register_fake("atom::gemm", _gemm_shape, lib=_library)
+torch.library.register_fake("atom::gemm", gemm_launch.empty_output, lib=_library)

@@ -7,14 +7,14 @@ before sm_90 and on INT8 ones after (cuda/gemm_w4a4_exact_sm80.cu), FP4 on the b
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from atomcli.errors import UsageError
 from atomcli.formats.scheme import ActivationFormat, Scheme, WeightFormat
-from atomcli.kernels import warp_gemm
+from atomcli.kernels import gemm_launch, warp_gemm
 from atomcli.kernels.compiler import load_kernel, multiprocessors
 from atomcli.kernels.group_layouts import CHANNELS, ROWS, Codes, PackedGroups
 from atomcli.kernels.quantize import Operand
@@ -199,7 +199,4 @@ def _gemm_groups(
     return multiply(operand, weight, scheme, tokens, dtype, bias)
 
 
-@_gemm_groups.register_fake
-def _gemm_groups_fake(*arguments: Any) -> Tensor:
-    codes, (rows, tokens, dtype) = arguments[0], arguments[-3:]
-    return codes.new_empty((tokens, rows), dtype=dtype)
+_gemm_groups.register_fake(gemm_launch.empty_output)

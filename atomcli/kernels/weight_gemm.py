@@ -6,19 +6,16 @@ eighth of what the rounding of the output to bf16 costs. One torch operator, `at
 """
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from atomcli.errors import UsageError
 from atomcli.formats.scheme import Scheme
-from atomcli.kernels import compiler, weight_layouts
+from atomcli.kernels import compiler, gemm_launch, weight_layouts
 from atomcli.kernels.layouts import BLOCK
 from atomcli.kernels.quantize import Operand
-from atomcli.kernels.tiles import OUTPUTS, SHARED_LIMIT, Tile, deal
+from atomcli.kernels.tiles import SHARED_LIMIT, Tile
 from atomcli.kernels.weight_layouts import ScaledWeight, StoredScale
-from atomcli.kernels.workspace import workspace
 
 SOURCE = "gemm_w4a16_sm90a.cu"
 PLANES = 2  # operand rows of 128 bytes that 128 channels take
@@ -72,10 +69,7 @@ def expert_linear(
     As `gemm.expert_linear`: expert_starts (experts + 1,) int32 on the device says where each expert's tokens begin.
     """
     _check(operand, weights, tokens, dtype, None)
-    experts = weights.blocks.shape[0]
-    if weights.blocks.dim() != 4 or expert_starts.shape != (experts + 1,) or expert_starts.dtype != torch.int32:
-        found = f"{expert_starts.dtype} {tuple(expert_starts.shape)}"
-        raise UsageError(f"A stack of {experts} experts needs {experts + 1} int32 starts, not {found}.")
+    gemm_launch.check_experts(weights.blocks, expert_starts)
     return _call(operand, weights, None, expert_starts, tokens, dtype)
 
 
@@ -95,23 +89,8 @@ def _call(
 
 
 def _check(operand: Operand, weight: ScaledWeight, tokens: int, dtype: torch.dtype, bias: Tensor | None) -> None:
-    codes, planes = operand.codes, PLANES * weight.blocks.shape[-2]
-    if dtype not in OUTPUTS:
-        raise UsageError(f"The GEMM puts out bfloat16 or float16, not {dtype}.")
-    if codes.dim() != 3 or (codes.shape[0], codes.shape[2]) != (planes, BLOCK) or codes.element_size() != 1:
-        raise UsageError(
-            f"The operand is {codes.dtype} {tuple(codes.shape)}, the weight needs ({planes}, tokens, {BLOCK}) in bytes."
-        )
-    padded = codes.shape[1]
-    if padded % 8 or padded < tokens:
-        raise UsageError(f"The operand has {padded} token rows; {tokens} tokens need a multiple of 8 that holds them.")
-    if operand.token_scale.numel() < padded or operand.token_scale.dtype != torch.float32:
-        raise UsageError(f"token_scale must be fp32 of {padded} values, not {tuple(operand.token_scale.shape)}.")
-    if bias is not None and (bias.dtype != torch.float32 or bias.shape != (weight.shape[0],)):
-        raise UsageError(f"The bias must be fp32 ({weight.shape[0]},), not {bias.dtype} {tuple(bias.shape)}.")
-    for name, tensor in (("operand", codes), ("weight", weight.blocks), ("bias", bias)):
-        if tensor is not None and not tensor.is_contiguous():
-            raise UsageError(f"The {name} of the GEMM must be contiguous; its strides are {tensor.stride()}.")
+    planes = PLANES * weight.blocks.shape[-2]
+    gemm_launch.check(operand, planes, weight.blocks, weight.shape[0], tokens, dtype, bias)
 
 
 # ------------------------------------------------------------------------------------------------ tiles
@@ -186,25 +165,12 @@ def launch(
 
     With `expert_starts` (experts + 1,) the weight is a stack: tokens starts[e] ... starts[e + 1] - 1 take expert e.
     """
-    device, (tokens, rows), (row_groups, blocks) = output.device, output.shape, weight.blocks.shape[-3:-1]
     experts = 0 if expert_starts is None else expert_starts.numel() - 1
     shared_bytes = _shared_bytes(tile, weight.group, weight.scale)
-    kernel = compiler.load_kernel(SOURCE, "gemm", device, defines(tile, weight, output.dtype, experts), shared_bytes)
-    token_tiles, processors = -(-tokens // tile.tokens), compiler.multiprocessors(device)
-    if expert_starts is None:
-        row_tiles = -(-rows // (tile.rows * tile.cluster)) * tile.cluster
-        grid, split_tiles = deal(tile, row_tiles * token_tiles, processors)
-    else:  # how many tiles there are is known on the device
-        row_tiles = row_groups // tile.row_groups
-        grid, split_tiles = tile.blocks or processors * tile.blocks_per_sm, int(tile.split == "all")
-    partials = flags = None
-    if split_tiles:  # a tile of sums for each block, and a flag for each of its warps that own rows
-        _, partials, flags = workspace(device, "w4a16", grid * tile.rows * tile.tokens, grid * tile.row_groups * 4)
-    kernel.launch(
-        grid, tile.threads, weight.blocks, None, operand.codes, weight.row_scale, None, operand.token_scale, None, bias,
-        output, partials, flags, expert_starts, rows, tokens, operand.codes.shape[1], blocks, row_tiles, token_tiles,
-        split_tiles, overlap=True,
-    )  # fmt: skip
+    kernel = compiler.load_kernel(
+        SOURCE, "gemm", output.device, defines(tile, weight, output.dtype, experts), shared_bytes
+    )
+    gemm_launch.launch(kernel, tile, operand, weight.blocks, weight.row_scale, output, bias, expert_starts)
 
 
 # -------------------------------------------------------------------------------------------- the operator
@@ -238,15 +204,10 @@ def _gemm(
     return output
 
 
-def _gemm_shape(codes: Tensor, *rest: Any) -> Tensor:
-    *_, rows, tokens, dtype = rest
-    return codes.new_empty(tokens, rows, dtype=dtype)
-
-
 _library = torch.library.Library("atom", "FRAGMENT")
 _library.define(
     "gemm_w4a16(Tensor codes, Tensor token_scale, Tensor blocks, Tensor row_scale, Tensor? bias, "
     "Tensor? expert_starts, str element, int group, str scale, SymInt rows, SymInt tokens, ScalarType dtype) -> Tensor"
 )
 _library.impl("gemm_w4a16", _gemm, "CUDA")
-torch.library.register_fake("atom::gemm_w4a16", _gemm_shape, lib=_library)
+torch.library.register_fake("atom::gemm_w4a16", gemm_launch.empty_output, lib=_library)

@@ -10,7 +10,7 @@ from atomcli.kernels.compiler import cuda_driver
 
 
 class Workspace(NamedTuple):
-    """`partials` (fp32 or int32) is scratch, `flags` int32 is zero between launches: every kernel leaves it so."""
+    """`partials`, words of 32 bits, is scratch; `flags` int32 is zero between launches: every kernel leaves it so."""
 
     capture: int
     partials: Tensor
@@ -20,9 +20,7 @@ class Workspace(NamedTuple):
 _workspaces: dict[tuple[int | None, int, str], Workspace] = {}
 
 
-def workspace(
-    device: torch.device, name: str, partials: int, flags: int, dtype: torch.dtype = torch.float32
-) -> Workspace:
+def workspace(device: torch.device, name: str, partials: int, flags: int) -> Workspace:
     """The workspace of this name on the current stream, whose kernels run one after another and may share it.
 
     Each capture of a CUDA graph gets its own: a graph's memory must not depend on another's replay.
@@ -33,7 +31,7 @@ def workspace(
     if found is None or found.capture != capture or found.partials.numel() < partials or found.flags.numel() < flags:
         found = Workspace(
             capture,
-            torch.empty(partials, dtype=dtype, device=device),
+            torch.empty(partials, dtype=torch.float32, device=device),
             torch.zeros(flags, dtype=torch.int32, device=device),
         )
         _workspaces[key] = found

@@ -169,7 +169,7 @@ def test_misfits_are_refused() -> None:
         weight_layouts.prepare(weight)
     packed = weight_layouts.prepare(cases.random_weight(cases.SCHEMES["two-level"], 64, 256))
     codes, scale = torch.zeros(2, 8, 128, dtype=torch.uint8), torch.ones(8)
-    with pytest.raises(UsageError, match=r"the weight needs \(4, tokens, 128\)"):
+    with pytest.raises(UsageError, match=r"the weight needs 8-bit \(4, tokens, 128\)"):
         weight_gemm.linear(Operand(codes, codes, scale, scale, codes), packed, 8, torch.bfloat16)
 
 

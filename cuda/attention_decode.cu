@@ -252,7 +252,7 @@ attention_decode(const Query* query, uint8* pool, const int* page_table, const i
     __shared__ unsigned long long landed;
     if (clustered) {
         if (threadIdx.x == 0 && range.parts > 1) expect_bytes(landed, inbox.bytes(count));
-        meet_cluster();
+        cluster_sync();
     }
     if (settled) {
         source.fetch(pages, chunk);

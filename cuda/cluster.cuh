@@ -10,13 +10,13 @@ __device__ __forceinline__ unsigned address_in_shared(const void* pointer) { ret
 __device__ __forceinline__ unsigned address_in_shared(const void* pointer) { return 0; }
 #endif
 
-__device__ __forceinline__ unsigned rank_in_cluster() {
+__device__ __forceinline__ unsigned cluster_rank() {
   unsigned rank = 0;
   CLUSTER_ASM("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
 
-__device__ __forceinline__ void meet_cluster() {
+__device__ __forceinline__ void cluster_sync() {
   CLUSTER_ASM("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 

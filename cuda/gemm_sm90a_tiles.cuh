@@ -1,5 +1,6 @@
 // The GEMM with unpacked weights on sm_90a: its parameters, the ring of stages, and which tiles a block takes.
 #pragma once
+#include "cluster.cuh"
 #include "load.cuh"
 #include "schedule.cuh"
 #include "store.cuh"

@@ -69,18 +69,6 @@ INLINE void bulk_copy_multicast(void* destination, const void* source, uint32 by
                  : "memory");
 }
 
-// ---- clusters of blocks
-
-INLINE uint32 cluster_rank() {
-    uint32 rank;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
-
-INLINE void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
 // ---- registers per thread, for the whole warpgroup that executes it
 
 template <int COUNT> INLINE void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT)); }

@@ -26,7 +26,7 @@ quantize_activations(const Input* x, const Input* other, const Input* norm_weigh
   __shared__ unsigned long long landed;
   __shared__ uint2 maxima[ctas_per_token][32];  // of each warp of the cluster: of the body and of the outliers
 
-  const unsigned rank = ctas_per_token > 1 ? rank_in_cluster() : 0;
+  const unsigned rank = ctas_per_token > 1 ? cluster_rank() : 0;
   const int token = blockIdx.x / ctas_per_token;
   const Shape shape(channels, body);
   const Lane lane(shape, rank);
@@ -35,7 +35,7 @@ quantize_activations(const Input* x, const Input* other, const Input* norm_weigh
   const Ahead known(table, norm_weight, shape, lane);
   if (ctas_per_token > 1) {
     if (threadIdx.x == 0) expect_bytes(landed, ctas_per_token * (blockDim.x / 32) * sizeof(uint2));
-    meet_cluster();
+    cluster_sync();
   }
   wait_for_previous_kernel();
   if (token < tokens) {

@@ -166,11 +166,6 @@ def launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def launched_rank() -> int:
-    """The rank that torchrun gave this process; 0 for a process of its own."""
-    return int(os.environ.get("RANK", "0")) if launched() else 0
-
-
 @contextmanager
 def together(device: torch.device | str | None = None) -> Iterator[Ranks]:
     """Meet the other processes that torchrun started; alone otherwise.

@@ -146,6 +146,7 @@ class Activations(Numbers):
 
     symmetric: bool = True
     clip: float = Field(default=1.0, ge=0.1, le=1.0)
+    adaptive: bool = False
 
 
 class Outliers(Section):
@@ -326,6 +327,7 @@ class Recipe(Section):
             scale=self.activations.scale_type,
             symmetric=self.activations.symmetric,
             clip=self.activations.clip,
+            adaptive=self.activations.adaptive,
         )
         weights = WeightFormat(self.weights.element, self.weights.group, self.weights.scale_type)
         return Scheme(weights, activations, self.outliers.channels, self.transform)

@@ -58,6 +58,8 @@ __device__ __forceinline__ unsigned e2m1_code(float value) {
   return (unsigned)index | (value < 0.0f && index > 0 ? 8u : 0u);
 }
 
+__device__ __forceinline__ float e2m1_magnitude(unsigned code) { return __fmul_rn(e4m3_value((code & 7u) << 2), 64.0f); }
+
 // Bytes that an e4m3 multiplier reads: E2M1 scaled by 2^-6, and a small integer in sign and magnitude scaled by 2^-9.
 __device__ __forceinline__ unsigned e4m3_of_e2m1(unsigned code) { return (code & 8u) << 4 | (code & 7u) << 2; }
 // The same with a power of two, rounded to the nearest e4m3 number.
@@ -66,6 +68,6 @@ __device__ __forceinline__ unsigned e4m3_of_e2m1(unsigned code, float power) {
 }
 // An E2M1 code times an E4M3 scale: six bits of significand, which fp16 holds.
 __device__ __forceinline__ unsigned half_of_e2m1(unsigned code, float scale) {
-  return (code & 8u) << 12 | float_to_half(__fmul_rn(__fmul_rn(e4m3_value((code & 7u) << 2), 64.0f), scale));
+  return (code & 8u) << 12 | float_to_half(__fmul_rn(e2m1_magnitude(code), scale));
 }
 __device__ __forceinline__ unsigned e4m3_of_integer(int value) { return value < 0 ? 0x80u | (unsigned)-value : (unsigned)value; }

@@ -72,7 +72,7 @@ struct Factors {
 };
 
 constexpr float per_int8 = (float)(1.0 / 127), per_e2m1 = (float)(1.0 / 6), per_level = (float)(1.0 / 15);
-constexpr float per_e4m3_of_e2m1 = (float)(1.0 / (6 * 448));
+constexpr float per_e4m3_of_e2m1 = (float)(1.0 / (6 * (adaptive ? 256 : 448)));  // 256 and 1.5 times it are E4M3 numbers
 
 // The power of two that brings an absolute maximum between 2^14 and 2^15: as large as fp16 holds it, and 16-bit numbers
 // divided by it come out as they are.
@@ -104,6 +104,27 @@ __device__ __forceinline__ float token_scale_of(float absmax, const Factors& fac
     case E8M0_GROUP: return container == E4M3_SCALED ? scaled_unit(e8m0_code(__fmul_rn(absmax, factors.clip))) : 1.0f;
     default: return 1.0f;
   }
+}
+
+// Squared error of a group in E2M1 with a scale: neighbours are added first, then neighbouring pairs, as the rule does.
+__device__ __forceinline__ float e2m1_error(const Values& values, float scale) {
+  float inverse = reciprocal_or_zero(scale), errors[channels_per_lane];
+#pragma unroll
+  for (int i = 0; i < channels_per_lane; i++) {
+    float magnitude = fabsf(values[i]);
+    float error = __fsub_rn(__fmul_rn(e2m1_magnitude(e2m1_code(__fmul_rn(magnitude, inverse))), scale), magnitude);
+    errors[i] = __fmul_rn(error, error);
+  }
+#pragma unroll
+  for (int distance = 1; distance < group; distance *= 2) {
+    if (distance < channels_per_lane) {
+#pragma unroll
+      for (int i = 0; i < channels_per_lane; i += 2 * distance) errors[i] = __fadd_rn(errors[i], errors[i + distance]);
+    } else {
+      errors[0] = __fadd_rn(errors[0], __shfl_xor_sync(all_lanes, errors[0], distance / channels_per_lane));
+    }
+  }
+  return errors[0];
 }
 
 // Codes of the lane's channels; the first lane of a group stores the group's scale.
@@ -141,6 +162,11 @@ __device__ __forceinline__ void encode_body(unsigned (&codes)[channels_per_lane]
       float ratio = __fmul_rn(__fmul_rn(absmax, per_e2m1), token_inverse);
       stored = scales == E8M0_GROUP ? e8m0_code(absmax) : e4m3_code(fminf(ratio, 448.0f));
       scale = scales == E8M0_GROUP ? e8m0_value(stored) : __fmul_rn(e4m3_value(stored), token_scale);
+      if (adaptive) {
+        unsigned on_four = e4m3_code(fminf(__fmul_rn(ratio, 1.5f), 448.0f));
+        float wider = __fmul_rn(e4m3_value(on_four), token_scale);
+        if (e2m1_error(values, wider) < e2m1_error(values, scale)) stored = on_four, scale = wider;
+      }
     }
     if (stores_scale) {
       if (container == E4M3) *reinterpret_cast<float*>(group_scale) = scale;

@@ -25,6 +25,7 @@ constexpr bool has_table = TABLE;        // permutation and signs; without it ch
 constexpr bool has_hadamard = HADAMARD;
 constexpr bool aligned = ALIGNED;        // rows, body and pointers allow 16-byte accesses
 constexpr int group = GROUP;             // channels per scale, 16 ... 128
+constexpr bool adaptive = ADAPTIVE;      // of E4M3_GROUP: the largest value of a group is 6 or 4
 constexpr int channels_per_lane = CHANNELS;
 
 constexpr bool has_norm = prologue == NORM || prologue == ADD_NORM;

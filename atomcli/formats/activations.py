@@ -94,19 +94,40 @@ def _per_token(x: Tensor, format: ActivationFormat) -> QuantizedActivations:
 
 
 def _per_group(x: Tensor, format: ActivationFormat) -> QuantizedActivations:
-    absmax = split(x, format.group).abs().amax(dim=-1)
+    groups = split(x, format.group)
+    absmax = groups.abs().amax(dim=-1)
     quantized = QuantizedActivations(format, x)
     if format.scale == "e8m0":
         quantized.group_scales = scales.e8m0_exponents(absmax * format.clip)
     elif format.scale == "e4m3":
         # One unit per token, not per tensor: a request must not depend on its neighbours in the batch.
-        quantized.token_scale = scales.e4m3_unit(absmax.amax(dim=1) * format.clip)
-        quantized.group_scales = scales.e4m3_scales(absmax * format.clip, quantized.token_scale[:, None])
+        unit = scales.e4m3_unit(absmax.amax(dim=1) * format.clip, adaptive=format.adaptive)
+        quantized.token_scale, unit = unit, unit[:, None]
+        quantized.group_scales = scales.e4m3_scales(absmax * format.clip, unit)
+        if format.adaptive:
+            on_four = scales.e4m3_scales(absmax * format.clip, unit, stretch=1.5)
+            better = _e2m1_error(groups, on_four, unit) < _e2m1_error(groups, quantized.group_scales, unit)
+            quantized.group_scales = torch.where(better, on_four.float(), quantized.group_scales.float()).to(
+                torch.float8_e4m3fn
+            )
     else:
         quantized.group_scales = (absmax * (format.clip / format.grid.high)).half()
     inverse = expand(grids.reciprocal(quantized.scales()), x.shape[1], format.group)
     quantized.codes = grids.encode(x * inverse, format.grid)
     return quantized
+
+
+def _e2m1_error(groups: Tensor, stored: Tensor, unit: Tensor) -> Tensor:
+    """Squared error (T, G) of groups (T, G, 16) in E2M1 with E4M3 scales (T, G) in units of `unit` (T, 1).
+
+    Neighbours are added first, then neighbouring pairs, and so on: sums in another order could decide otherwise.
+    """
+    scale = (stored.float() * unit)[..., None]
+    error = grids.decode(grids.encode(groups * grids.reciprocal(scale), grids.E2M1), grids.E2M1) * scale - groups
+    error = error.square()
+    while error.shape[-1] > 1:
+        error = error[..., 0::2] + error[..., 1::2]
+    return error[..., 0]
 
 
 def _two_level(x: Tensor, format: ActivationFormat) -> QuantizedActivations:

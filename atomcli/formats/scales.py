@@ -11,6 +11,8 @@ from atomcli.formats.scheme import WeightFormat
 
 MAX_MULTIPLIER = 15
 _E4M3_MAX = 448.0
+# The largest scale of adaptive groups that map their largest value to 6: it, and 1.5 times it, are E4M3 numbers.
+_ADAPTIVE_MAX = 256.0
 _E2M1_MAX = 6.0
 _E8M0_BIAS = 127
 
@@ -48,14 +50,14 @@ def e8m0_values(exponents: Tensor) -> Tensor:
     return torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents.int() - _E8M0_BIAS)
 
 
-def e4m3_unit(absmax: Tensor) -> Tensor:
-    """The fp32 scale that lets the largest E4M3 group scale represent `absmax`."""
-    return absmax * (1 / (_E2M1_MAX * _E4M3_MAX))
+def e4m3_unit(absmax: Tensor, *, adaptive: bool = False) -> Tensor:
+    """The fp32 scale that lets the largest E4M3 group scale represent `absmax`, as 6 or, `adaptive`, as 4 too."""
+    return absmax * (1 / (_E2M1_MAX * (_ADAPTIVE_MAX if adaptive else _E4M3_MAX)))
 
 
-def e4m3_scales(absmax: Tensor, unit: Tensor) -> Tensor:
-    """E4M3 group scales in units of `unit` (broadcastable), saturating at 448."""
-    ratio = absmax * (1 / _E2M1_MAX) * grids.reciprocal(unit)
+def e4m3_scales(absmax: Tensor, unit: Tensor, stretch: float = 1.0) -> Tensor:
+    """E4M3 group scales in units of `unit` (broadcastable), `stretch` times as large, saturating at 448."""
+    ratio = absmax * (1 / _E2M1_MAX) * grids.reciprocal(unit) * stretch
     return ratio.clamp(max=_E4M3_MAX).to(torch.float8_e4m3fn)
 
 

@@ -65,16 +65,23 @@ class WeightFormat:
 
 @dataclass(frozen=True)
 class ActivationFormat:
-    """How the body of an activation is quantized at run time; `clip` scales the range before the scale is taken."""
+    """How the body of an activation is quantized at run time; `clip` scales the range before the scale is taken.
+
+    adaptive: the largest value of an NVFP4 group becomes 6 or 4, whichever leaves the smaller error ("four over six",
+    Cook et al., 2025): E2M1 has nothing between 4 and 6.
+    """
 
     element: Element
     group: int | None = None
     scale: ScaleKind = "row"
     symmetric: bool = True
     clip: float = 1.0
+    adaptive: bool = False
 
     def __post_init__(self) -> None:
         _check(self.element, self.scale, self.group)
+        if self.adaptive and self.scale != "e4m3":
+            raise UsageError(f"Adaptive activations need the e4m3 scales of nvfp4, not {self.scale}.")
         if not self.symmetric and self.scale != "two_level":
             raise UsageError(f"Asymmetric activations need two_level scales, not {self.scale}.")
         if not 0 < self.clip <= 1:
@@ -117,6 +124,8 @@ class Scheme:
             parts.append("2l")
         if not activations.symmetric:
             parts.append("asym")
+        if activations.adaptive:
+            parts.append("46")
         if weights.group:
             parts.append(f"g{weights.group}")
         if self.outliers:

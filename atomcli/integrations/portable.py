@@ -191,6 +191,7 @@ def _named(format: WeightFormat | ActivationFormat) -> str:
     if isinstance(format, ActivationFormat):
         details += ["asymmetric"] if not format.symmetric else []
         details += [f"clip {format.clip:.3g}"] if format.clip != 1 else []
+        details += ["adaptive"] if format.adaptive else []
     return f"{name} with {', '.join(details)}" if details else name
 
 

@@ -179,7 +179,8 @@ def _call(
     format = scheme.activations
     return torch.ops.atom.quantize_activations(
         x, other, weight, layout.table, layout.body, layout.hadamard, prologue, format.element, format.group,
-        format.scale, format.symmetric, format.clip, container, row_multiple, epsilon, unit_offset, want_row,
+        format.scale, format.symmetric, format.clip, format.adaptive, container, row_multiple, epsilon, unit_offset,
+        want_row,
     )  # fmt: skip
 
 
@@ -237,6 +238,7 @@ def plan(
         "ALIGNED": int(aligned),
         "GROUP": format.group or BLOCK,
         "CLIPS": int(format.clip < 1),
+        "ADAPTIVE": int(format.adaptive),
         "CHANNELS": channels_per_lane,
     }
     if channels_per_lane == 16 and aligned and dtype.itemsize == 2:
@@ -406,6 +408,7 @@ def _quantize_activations(
     scale: str,
     symmetric: bool,
     clip: float,
+    adaptive: bool,
     container: str,
     row_multiple: int,
     epsilon: float,
@@ -413,7 +416,7 @@ def _quantize_activations(
     want_row: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     check(x, other, weight, row_multiple)
-    format = ActivationFormat(element, group, scale, symmetric, clip)  # type: ignore[arg-type]
+    format = ActivationFormat(element, group, scale, symmetric, clip, adaptive)  # type: ignore[arg-type]
     results = allocate(x, body, format, prologue, container, row_multiple, want_row)
     if x.shape[0]:
         launch(
@@ -427,10 +430,7 @@ def _quantize_activations(
 @_quantize_activations.register_fake
 def _quantize_activations_fake(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     _, _, _, body, _, prologue, *numbers, container, row_multiple, _, _, want_row = rest
-    element, group, scale, symmetric, clip = numbers
-    return allocate(
-        x, body, ActivationFormat(element, group, scale, symmetric, clip), prologue, container, row_multiple, want_row
-    )
+    return allocate(x, body, ActivationFormat(*numbers), prologue, container, row_multiple, want_row)
 
 
 def check(x: Tensor, other: Tensor | None, weight: Tensor | None, row_multiple: int) -> None:

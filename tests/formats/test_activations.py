@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from atomcli.errors import UsageError
 from atomcli.formats.activations import quantize_activations
 from atomcli.formats.scheme import ActivationFormat, Scheme, WeightFormat
 
@@ -13,9 +14,10 @@ FORMATS = {
     "e2m1 fp16": ActivationFormat("e2m1", 128, "fp16"),
     "mxfp4": ActivationFormat("e2m1", 32, "e8m0"),
     "nvfp4": ActivationFormat("e2m1", 16, "e4m3"),
+    "nvfp4 adaptive": ActivationFormat("e2m1", 16, "e4m3", adaptive=True),
 }
 # Relative error on Gaussian data: what each format should at least reach, from its step size.
-WORST = dict(zip(FORMATS, [0.012, 0.16, 0.125, 0.125, 0.105, 0.12, 0.13, 0.1], strict=True))
+WORST = dict(zip(FORMATS, [0.012, 0.16, 0.125, 0.125, 0.105, 0.12, 0.13, 0.1, 0.09], strict=True))
 
 
 def _scheme(format: ActivationFormat, outliers: int = 0) -> Scheme:
@@ -33,6 +35,26 @@ def test_error_stays_within_the_format(name: str, channels: int) -> None:
     x = _inputs(channels)
     error = quantize_activations(x, _scheme(FORMATS[name])).dequantize() - x
     assert (error.norm(dim=1) / x.norm(dim=1)).mean() < WORST[name]
+
+
+def test_adaptive_groups_end_at_six_or_four_whichever_is_nearer() -> None:
+    x = _inputs(1024)
+    plain, adaptive = (quantize_activations(x, _scheme(FORMATS[name])) for name in ("nvfp4", "nvfp4 adaptive"))
+    groups = x.view(37, 64, 16)
+    ends = (groups.abs().amax(dim=-1) / adaptive.scales()).view(-1)
+    assert (((ends - 6).abs() < 0.4) | ((ends - 4).abs() < 0.27)).all()  # E4M3 has three bits of mantissa
+    assert 0.2 < ((ends - 4).abs() < 0.27).float().mean() < 0.8
+    errors = [(each.dequantize() - x).view_as(groups).square().sum(dim=-1) for each in (plain, adaptive)]
+    assert errors[1].sum() < 0.9 * errors[0].sum()
+    # A group at the end of the range of its scale: 4 tells 3 and 4 apart from the 4.5 and 6 that 6 offers.
+    row = torch.zeros(1, 1024)
+    row[0, :4] = torch.tensor([4.0, 3.0, 2.0, 1.0])
+    assert torch.equal(quantize_activations(row, _scheme(FORMATS["nvfp4 adaptive"])).dequantize(), row)
+
+
+def test_only_nvfp4_is_adaptive() -> None:
+    with pytest.raises(UsageError, match="Adaptive activations need the e4m3 scales of nvfp4, not e8m0"):
+        ActivationFormat("e2m1", 32, "e8m0", adaptive=True)
 
 
 @pytest.mark.parametrize("name", FORMATS)

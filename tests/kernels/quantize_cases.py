@@ -28,6 +28,7 @@ FORMATS = {
     "fp4": SCHEMES["fp4"].activations,
     "mxfp4": SCHEMES["mxfp4"].activations,
     "nvfp4": SCHEMES["nvfp4"].activations,
+    "nvfp4-adaptive": replace(SCHEMES["nvfp4"].activations, adaptive=True),
 }
 
 

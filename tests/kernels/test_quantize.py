@@ -110,9 +110,15 @@ def test_scaled_codes_of_groups_far_below_the_largest() -> None:
 
 
 @emulated
-def test_nvfp4_codes_times_scales_are_halves() -> None:
+@pytest.mark.parametrize("name", ["nvfp4", "nvfp4-adaptive"])
+@pytest.mark.parametrize(
+    "few_tokens", [0, 264]
+)  # 16 channels a lane, which is a group; and 4, whose errors lanes add up
+def test_nvfp4_codes_times_scales_are_halves(name: str, few_tokens: int, monkeypatch) -> None:
     torch.manual_seed(7)
-    scheme, layout = SCHEMES["nvfp4"], cases.random_layout(400, 0, permuted=True, signed=True, hadamard=False)
+    monkeypatch.setattr(quantization, "FEW_TOKENS", few_tokens)
+    scheme = cases.scheme_of(cases.FORMATS[name], outliers=0, hadamard=False)
+    layout = cases.random_layout(400, 0, permuted=True, signed=True, hadamard=False)
     x = cases.random_rows(6, 400, torch.bfloat16)
     operand, _, _ = run(x, scheme, layout, container="f16")
     expected = cases.reference(x, scheme, layout)
@@ -140,7 +146,14 @@ def test_rows_too_long_for_registers_are_transformed_twice(monkeypatch) -> None:
 
 @emulated
 @pytest.mark.parametrize("prologue", ["plain", "norm", "add_norm", "silu_mul"])
-@pytest.mark.parametrize(("name", "dtype", "permuted"), [("a8", torch.bfloat16, True), ("paper", torch.float16, False)])
+@pytest.mark.parametrize(
+    ("name", "dtype", "permuted"),
+    [
+        ("a8", torch.bfloat16, True),
+        ("paper", torch.float16, False),
+        ("nvfp4-adaptive", torch.bfloat16, True),
+    ],
+)
 def test_many_tokens_go_two_by_two(prologue: str, name: str, dtype: torch.dtype, permuted: bool, monkeypatch) -> None:
     """Blocks take several pairs one after the other; the last pair has one token, and padding follows it."""
     torch.manual_seed(8)

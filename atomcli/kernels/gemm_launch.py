@@ -18,8 +18,6 @@ def check(
 ) -> None:
     """Raise UsageError unless an operand of `planes` rows of 128 bytes a token, a packed weight and a bias fit."""
     codes, scale = operand.codes, operand.token_scale
-    if dtype not in OUTPUTS:
-        raise UsageError(f"The GEMM puts out bfloat16 or float16, not {dtype}.")
     if codes.dim() != 3 or (codes.shape[0], codes.shape[2]) != (planes, BLOCK) or codes.element_size() != 1:
         raise UsageError(
             f"The operand is {codes.dtype} {tuple(codes.shape)}, the weight needs 8-bit ({planes}, tokens, {BLOCK})."
@@ -29,11 +27,29 @@ def check(
         raise UsageError(f"The operand has {padded} token rows; {tokens} tokens need a multiple of 8 that holds them.")
     if scale.numel() < padded or scale.dtype != torch.float32:
         raise UsageError(f"token_scale must be fp32 of {padded} values, not {scale.dtype} {tuple(scale.shape)}.")
+    check_common(operand, weight, rows, dtype, bias)
+
+
+def check_common(operand: Operand, weight: Tensor, rows: int, dtype: torch.dtype, bias: Tensor | None) -> None:
+    """Raise UsageError for an output, a bias or strides that no GEMM takes."""
+    if dtype not in OUTPUTS:
+        raise UsageError(f"The GEMM puts out bfloat16 or float16, not {dtype}.")
     if bias is not None and (bias.dtype != torch.float32 or bias.shape != (rows,)):
         raise UsageError(f"The bias must be fp32 ({rows},), not {bias.dtype} {tuple(bias.shape)}.")
-    for name, tensor in (("operand", codes), ("weight", weight), ("bias", bias)):
+    for name, tensor in (("operand", operand.codes), ("weight", weight), ("bias", bias)):
         if tensor is not None and not tensor.is_contiguous():
             raise UsageError(f"The {name} of the GEMM must be contiguous; its strides are {tensor.stride()}.")
+
+
+def check_alignment(operand: Operand, weight: Tensor) -> None:
+    """Raise UsageError for what bulk copies can't read; asked at the launch, where tensors have addresses."""
+    scales = {"token scales": operand.token_scale, "group scales": operand.group_scales}
+    for name, tensor in {"operand": operand.codes, "weight": weight, **scales}.items():
+        if tensor.data_ptr() % 16:
+            raise UsageError(
+                f"The {name} of the GEMM must begin at a multiple of 16 bytes, not at {tensor.data_ptr():#x}; "
+                "a clone of a slice does."
+            )
 
 
 def check_experts(weights: Tensor, expert_starts: Tensor) -> None:
@@ -61,6 +77,7 @@ def launch(
     weight: uint8 (row groups, blocks, bytes). With `expert_starts` (experts + 1,) it is a stack of such: tokens
     starts[e] ... starts[e + 1] - 1 take expert e.
     """
+    check_alignment(operand, weight)
     device, (tokens, rows), (row_groups, blocks) = output.device, output.shape, weight.shape[-3:-1]
     token_tiles, processors = -(-tokens // tile.tokens), compiler.multiprocessors(device)
     if expert_starts is None:

@@ -110,8 +110,7 @@ def linear(
             f"The operand is {tuple(operand.codes.shape)}; the weight's {weight.codes} codes need "
             f"({blocks}, {tokens}, {width})."
         )
-    if bias is not None and (bias.dtype != torch.float32 or bias.shape != (weight.rows,)):
-        raise UsageError(f"The bias must be fp32 ({weight.rows},), not {bias.dtype} {tuple(bias.shape)}.")
+    gemm_launch.check_common(operand, weight.blocks, weight.rows, dtype, bias)
     format = scheme.weights
     return torch.ops.atom.gemm_groups(
         *operand, weight.blocks, weight.row_scale, weight.outliers, weight.outlier_scale, bias, format.element,
@@ -135,6 +134,7 @@ def multiply(
 
 
 def _multiply_sm90a(operand: Operand, weight: PackedGroups, shape: Shape, output: Tensor, bias: Tensor | None) -> None:
+    gemm_launch.check_alignment(operand, weight.blocks)
     device = output.device
     row_tiles, token_tiles = -(-weight.rows // shape.rows), -(-output.shape[0] // shape.tokens)
     blocks, padded = weight.blocks.shape[1], operand.token_scale.shape[0]

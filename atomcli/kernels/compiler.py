@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import re
+import struct
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -215,8 +216,7 @@ class Kernel:
         `overlap`: programmatic dependent launch; the kernel may start while its predecessor in the stream still
         runs, and must itself wait (griddepcontrol.wait) before it touches what the predecessor writes.
         """
-        values = [_argument(value) for value in arguments]
-        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        pointers, values = _packed(arguments)
         x, y, z = (grid, 1, 1) if isinstance(grid, int) else (*grid, 1, 1)[:3]
         config = _LaunchConfig(
             (x, y, z),
@@ -227,6 +227,7 @@ class Kernel:
             int(overlap),
         )
         status = cuda_driver().cuLaunchKernelEx(ctypes.byref(config), self.handle, pointers, None)
+        del values  # which the pointers point to
         if status:
             raise RunError(
                 f"{self.entry}: the driver refused the launch of {x}x{y}x{z} blocks of {block} threads with "
@@ -234,12 +235,24 @@ class Kernel:
             )
 
 
-def _argument(value: torch.Tensor | int | float | None) -> ctypes._SimpleCData:
-    if value is None:
-        return ctypes.c_void_p(0)
-    if isinstance(value, torch.Tensor):
-        return ctypes.c_void_p(value.data_ptr())
-    return ctypes.c_int32(value) if isinstance(value, int) else ctypes.c_float(value)
+def _packed(arguments: tuple[torch.Tensor | int | float | None, ...]) -> tuple[ctypes.Array, ctypes.Array]:
+    """Where the driver finds each argument, and the bytes that it finds there: the second must outlive the launch."""
+    layout, places = _layout(tuple(map(type, arguments)))
+    numbers = [
+        value if isinstance(value, int | float) else 0 if value is None else value.data_ptr() for value in arguments
+    ]
+    values = (ctypes.c_char * layout.size)()
+    layout.pack_into(values, 0, *numbers)
+    start = ctypes.addressof(values)
+    return (ctypes.c_void_p * len(places))(*[start + place for place in places]), values
+
+
+@functools.cache
+def _layout(kinds: tuple[type, ...]) -> tuple[struct.Struct, tuple[int, ...]]:
+    """How arguments of these types lie in memory, and where each begins: a launch has no time to work it out."""
+    codes = ["i" if issubclass(kind, int) else "f" if issubclass(kind, float) else "P" for kind in kinds]
+    places = tuple(struct.calcsize("".join(codes[: n + 1])) - struct.calcsize(code) for n, code in enumerate(codes))
+    return struct.Struct("".join(codes)), places
 
 
 _loaded: dict[tuple, Kernel] = {}

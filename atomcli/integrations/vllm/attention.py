@@ -36,17 +36,20 @@ from atomcli.kernels.pages import PAGES, PageFormat
 
 @dataclass
 class AtomMetadata(AttentionMetadata):
-    """What a batch's attention needs: `tokens` of them, whose sequences have `lengths` keys each, these included.
+    """What a batch's attention needs, cut once for all layers.
 
-    The first `decodes` sequences have one token each and take the kernel for that; the others are prefilled.
+    The first `decodes` of the `tokens` are each all of a sequence's and take the kernel for that; the others are
+    prefilled. A sequence's length includes its tokens of this batch.
     """
 
     tokens: int
     decodes: int
-    query_starts: Tensor  # int32 (prefilled sequences + 1,), counted from the first of their tokens
-    lengths: Tensor  # int32 (sequences,)
-    page_table: Tensor  # int32 (sequences, pages)
     slots: Tensor  # int64 (tokens,)
+    decoded_pages: Tensor  # int32 (decodes, pages)
+    decoded_lengths: Tensor  # int32 (decodes,)
+    query_starts: Tensor  # int32 (prefilled sequences + 1,), counted from the first of their tokens
+    prefilled_pages: Tensor  # int32 (prefilled sequences, pages)
+    prefilled_lengths: Tensor  # int32 (prefilled sequences,)
     positions: Tensor | None  # int64 (tokens,), where keys are stored before RoPE
 
 
@@ -81,13 +84,15 @@ class AtomMetadataBuilder(AttentionMetadataBuilder[AtomMetadata]):
             decodes = leading_decodes(common.query_start_loc_cpu[: rows + 1])
         starts = common.query_start_loc[decodes : rows + 1]
         return AtomMetadata(
-            tokens,
-            decodes,
-            starts - decodes if 0 < decodes < rows else starts,
-            common.seq_lens[:rows],
-            common.block_table_tensor[:rows],
-            common.slot_mapping,
-            positions,
+            tokens=tokens,
+            decodes=decodes,
+            slots=common.slot_mapping[:tokens],
+            decoded_pages=common.block_table_tensor[:decodes],
+            decoded_lengths=common.seq_lens[:decodes],
+            query_starts=starts - decodes if 0 < decodes < rows else starts,
+            prefilled_pages=common.block_table_tensor[decodes:rows],
+            prefilled_lengths=common.seq_lens[decodes:rows],
+            positions=positions,
         )
 
 
@@ -205,7 +210,7 @@ class AtomAttention(AttentionImpl[AtomMetadata]):
             key = (key.float() - self.center).to(key.dtype)
         assert self.turns is not None
         cos, sin = self.turns[0][:tokens], self.turns[1][:tokens]
-        query = attention.append(pool, fmt, query, key, value, cos, sin, batch.slots[:tokens], self.kv.hadamard)
+        query = attention.append(pool, fmt, query, key, value, cos, sin, batch.slots, self.kv.hadamard)
         attend: dict[str, Any] = {
             "scaling": self.scale,
             "window": self.window,
@@ -216,12 +221,12 @@ class AtomAttention(AttentionImpl[AtomMetadata]):
             "keys_rotated": keys_rotated,
         }
         if decodes:
-            first, table = query[:decodes], batch.page_table[:decodes]
-            attention.decode(first, pool, fmt, table, batch.lengths[:decodes], out=output[:decodes], **attend)
+            pages, lengths, out = batch.decoded_pages, batch.decoded_lengths, output[:decodes]
+            attention.decode(query[:decodes], pool, fmt, pages, lengths, out=out, **attend)
         if decodes < tokens:
-            rest, table, lengths = query[decodes:], batch.page_table[decodes:], batch.lengths[decodes:]
+            starts, pages, lengths = batch.query_starts, batch.prefilled_pages, batch.prefilled_lengths
             out = output[decodes:tokens]
-            attention.prefill(rest, pool, fmt, table, batch.query_starts, lengths, out=out, **attend)
+            attention.prefill(query[decodes:], pool, fmt, pages, starts, lengths, out=out, **attend)
         return output
 
     def _center(self) -> Tensor:

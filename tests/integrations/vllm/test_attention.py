@@ -63,6 +63,11 @@ def build(batch: Any) -> AtomMetadata:
     return builder.build(0, batch)
 
 
+def prompts(slots: Tensor, starts: Tensor, lengths: Tensor, pages: Tensor) -> AtomMetadata:
+    """A batch all of whose sequences are prefilled, those of one token too."""
+    return AtomMetadata(len(slots), 0, slots, pages[:0], lengths[:0], starts, pages, lengths, positions=None)
+
+
 def pool(batch: Any) -> Tensor:
     """Pages as vLLM makes them, with keys and values of the past in them."""
     width = page_format(KV, HEAD_DIM, PAGE).bytes_per_token // 2
@@ -76,9 +81,7 @@ def pool(batch: Any) -> Tensor:
         ]
     )
     starts = torch.tensor([0, *past]).cumsum(0).int()
-    metadata = AtomMetadata(
-        len(slots), 0, starts, torch.tensor(past).int(), batch.block_table_tensor, slots, positions=None
-    )
+    metadata = prompts(slots, starts, torch.tensor(past).int(), batch.block_table_tensor)
     impl = layer()
     impl.turns = identity(len(slots), HEAD_DIM // 2, torch.device("cpu"))
     run(impl, pages, metadata, states(len(slots), seed=1))
@@ -117,6 +120,8 @@ def test_a_mixed_batch_says_where_its_prompts_begin() -> None:
     metadata = build(common())
     assert (metadata.tokens, metadata.decodes) == (27, 2)
     assert metadata.query_starts.tolist() == [0, 18, 25]
+    assert torch.equal(torch.cat([metadata.decoded_lengths, metadata.prefilled_lengths]), common().seq_lens)
+    assert torch.equal(torch.cat([metadata.decoded_pages, metadata.prefilled_pages]), common().block_table_tensor)
     assert build(common((3, 1))).query_starts.tolist() == [0, 3, 4]
 
 
@@ -125,15 +130,13 @@ def test_a_batch_of_decodes_has_a_row_for_every_padded_token() -> None:
     batch.num_actual_tokens, batch.num_reqs = 4, 4
     batch.seq_lens, batch.block_table_tensor = torch.tensor([5, 33, 0, 0]), torch.zeros(4, 3, dtype=torch.int32)
     metadata = build(batch)
-    assert (metadata.decodes, len(metadata.lengths), len(metadata.page_table)) == (4, 4, 4)
+    assert (metadata.decodes, len(metadata.decoded_lengths), len(metadata.decoded_pages)) == (4, 4, 4)
 
 
 def test_decodes_and_prompts_of_one_batch_get_what_prompts_alone_would() -> None:
     batch = common(padding=3)
     mixed = build(batch)
-    together = AtomMetadata(
-        mixed.tokens, 0, batch.query_start_loc, mixed.lengths, mixed.page_table, mixed.slots, positions=None
-    )
+    together = prompts(mixed.slots, batch.query_start_loc, batch.seq_lens, batch.block_table_tensor)
     merged = states(mixed.tokens + 3, seed=2)  # the last three rows are padding
     pages, others = pool(batch), pool(batch)
     found, expected = run(layer(), pages, mixed, merged), run(layer(), others, together, merged)

@@ -4,6 +4,7 @@ Its activations are those of a trained model, so experts see inputs as they occu
 """
 
 import zlib
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ class DerivedMixtral(Source):
 
     def __init__(self, dense: Source) -> None:
         self.dense, self.name, self.path, self.dtype = dense, f"mixtral of {dense.name}", dense.path, dense.dtype
+        self._read_mlp = lru_cache(len(_DENSE))(dense.read)  # of a block: all experts are made of the same three
         shared = (
             "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
             "head_dim max_position_embeddings rms_norm_eps tie_word_embeddings bos_token_id eos_token_id pad_token_id"
@@ -65,7 +67,7 @@ class DerivedMixtral(Source):
         noise = torch.randn(self.shape(name), generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
         if name.endswith(".gate.weight"):
             return noise / self.config.hidden_size**0.5
-        weight = self.dense.read(self._dense_name(name)).float()
+        weight = self._read_mlp(self._dense_name(name)).float()
         return weight + NOISE * weight.std() * noise
 
     @staticmethod

@@ -27,19 +27,19 @@ WINDOWS = random_tokens(16, 120, seed=5)
 
 # What a reader that never heard of atom does, in a process of its own.
 READER = """
-import json, sys, torch
+import functools, json, sys, torch
 from transformers import AutoModelForCausalLM
-parent_directory, tokens_file, *exports = sys.argv[1:]
+tokens_file, *directories = sys.argv[1:]
 tokens = torch.load(tokens_file)
+@functools.cache
 def log_p(directory):
     model, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
     assert not any(info.values()), info
     with torch.inference_mode():
         return model(tokens).logits.double().log_softmax(-1)
-p = log_p(parent_directory)
 found = {}
-for export in exports:
-    q = log_p(export)
+for parent, export in zip(directories[::2], directories[1::2]):
+    p, q = log_p(parent), log_p(export)
     found[export] = float((p.exp() * (p - q)).sum(-1)[:, :-1].mean())
 assert not any(name.split(".")[0] == "atomcli" for name in sys.modules)
 print(json.dumps(found))
@@ -57,10 +57,11 @@ def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def read_by_a_stranger(parent: Path, exports: list[Path], tmp_path: Path) -> dict[str, float]:
-    """KL(parent ‖ export) by directory, as transformers computes it in a process without atom."""
+def read_by_a_stranger(parents: dict[Path, Path], tmp_path: Path) -> dict[str, float]:
+    """KL(parent ‖ export) by export, each with its parent, as transformers computes it in a process without atom."""
     torch.save(WINDOWS, tmp_path / "tokens.pt")
-    words = [sys.executable, "-c", READER, str(parent), str(tmp_path / "tokens.pt"), *map(str, exports)]
+    directories = [str(directory) for export, parent in parents.items() for directory in (parent, export)]
+    words = [sys.executable, "-c", READER, str(tmp_path / "tokens.pt"), *directories]
     done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -91,7 +92,7 @@ def test_transformers_without_atom_computes_what_atom_does(dtype, parent, quanti
     exports = {name: tmp_path / name for name in names}
     for name, checkpoint in checkpoints.items():
         assert exported(checkpoint, exports[name]) is None
-    found = read_by_a_stranger(parent(dtype=dtype), list(exports.values()), tmp_path)
+    found = read_by_a_stranger(dict.fromkeys(exports.values(), parent(dtype=dtype)), tmp_path)
     model = AutoModelForCausalLM.from_pretrained(parent(dtype=dtype))
     for name, checkpoint in checkpoints.items():
         if "a8" in name:  # the library maps the largest INT8 to 127.5, as it does with INT4; engines to 127
@@ -166,10 +167,11 @@ def test_every_family_and_mixed_precision_load_elsewhere(parent, quantized, tmp_
     assert groups["format"] == "mixed-precision"
     assert {group["format"] for group in groups["config_groups"].values()} == {"pack-quantized", "int-quantized"}
     assert "model.layers.1.self_attn.o_proj" in groups["ignore"]
+    options = {"qwen2": {"use_sliding_window": False}}
+    parents = {family: parent(family, **options.get(family, {})) for family in cases}
+    found = read_by_a_stranger({tmp_path / family: directory for family, directory in parents.items()}, tmp_path)
     for family, checkpoint in cases.items():
-        options = {"use_sliding_window": False} if family == "qwen2" else {}
-        found = read_by_a_stranger(parent(family, **options), [tmp_path / family], tmp_path)
-        model = AutoModelForCausalLM.from_pretrained(parent(family, **options))
+        model = AutoModelForCausalLM.from_pretrained(parents[family])
         ours = divergence(model, load_checkpoint(checkpoint), WINDOWS).mean_kld
         assert found[str(tmp_path / family)] == pytest.approx(ours, rel=0.01), family
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from atomcli.errors import UnsupportedError
 from atomcli.formats.grids import Grid
-from atomcli.kernels.quantize import Launchable
+from atomcli.kernels.quantize_launch import Launchable
 
 PANEL = 128
 _WARPS = 8

@@ -17,6 +17,7 @@ from atomcli.formats.scheme import SCHEMES, Scheme
 from atomcli.formats.weights import QuantizedWeight
 from atomcli.kernels import compiler, gemm, gemv, group_gemm, layouts, quantize, warp_gemm, weight_gemm, weight_layouts
 from atomcli.kernels.group_layouts import pack_groups
+from atomcli.kernels.quantize_launch import Container
 
 ARCHITECTURES = ("80", "86", "89", "90a", "100a", "120a")
 
@@ -109,7 +110,7 @@ class Product:
     kernel: str
     scheme: Scheme
     layout: quantize.KernelLayout
-    container: quantize.Container
+    container: Container
     multiply: Callable[[quantize.Operand, int, torch.dtype, Tensor | None], Tensor]
     one_token: Callable[..., tuple[Tensor, Tensor]] | None = None
 
@@ -124,7 +125,7 @@ class ExpertProduct:
 
     scheme: Scheme
     layout: quantize.KernelLayout
-    container: quantize.Container
+    container: Container
     weights: layouts.GemmWeight | weight_layouts.ScaledWeight
 
     def multiply(self, operand: quantize.Operand, expert_starts: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
@@ -174,7 +175,7 @@ def prepare(weight: QuantizedWeight, layout: InputLayout) -> Product:
     assert choice.kernel is not None
     codes = group_gemm.codes_for(compiler.architecture(device))
     groups = pack_groups(weight, codes)
-    container: quantize.Container = "e4m3" if codes == "e4m3" else "nibble"
+    container: Container = "e4m3" if codes == "e4m3" else "nibble"
     return Product(choice.kernel, scheme, kernel_layout, container, _with_weight(partial(_groups, scheme), groups))
 
 

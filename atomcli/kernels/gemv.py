@@ -11,9 +11,10 @@ from torch import Tensor
 
 from atomcli.errors import UsageError
 from atomcli.formats.scheme import ActivationFormat, Scheme
-from atomcli.kernels import compiler, quantize
+from atomcli.kernels import compiler, quantize, quantize_launch
 from atomcli.kernels.layouts import BLOCK, GemmWeight
-from atomcli.kernels.quantize import KernelLayout, Launch, Loader, Prologue
+from atomcli.kernels.quantize import KernelLayout
+from atomcli.kernels.quantize_launch import Launch, Loader, Prologue
 from atomcli.kernels.tiles import OUTPUTS
 
 SOURCE, ENTRY = "gemv.cu", "gemv"
@@ -78,7 +79,7 @@ def plan(
     channels = x.shape[1]
     rows = [t for t in (x, other, norm_weight) if t is not None]
     aligned = channels % 8 == 0 and body % 8 == 0 and all(t.data_ptr() % 16 == 0 for t in rows)
-    how = quantize.plan(
+    how = quantize_launch.plan(
         1, channels, body, x.dtype, format, prologue, "s8", None if table is None else table.dtype, hadamard, aligned
     )
     own = {"THREADS": THREADS, "WEIGHT_BITS": bits, "STAGES": STAGES, "GATED": int(gated)}
@@ -97,7 +98,7 @@ def launch(
     load(how._replace(shared_bytes=_shared_bytes(weight, _slices(rows, grid, gated), channels))).launch(
         grid, THREADS, x, other, norm_weight, table, total if prologue == "add_norm" else None, weight.body,
         weight.outliers, weight.row_scale, weight.outlier_row_scale, bias, y, rows, channels, body,
-        float(format.clip), *quantize.factors(format), float(epsilon), 0, overlap=True,
+        float(format.clip), *quantize_launch.factors(format), float(epsilon), 0, overlap=True,
     )  # fmt: skip
 
 
@@ -111,7 +112,7 @@ def _shared_bytes(weight: GemmWeight, slices: int, channels: int) -> int:
     """Rings, codes, sums and the staged row, by the same formula as in the source."""
     piece = 1024 + (SLICE if weight.bits == 4 else 0)
     blocks = weight.body.shape[1] + (weight.outliers is not None)
-    row = quantize.SHARED_HEADER + 16 + 2 * (channels + 1)
+    row = quantize_launch.SHARED_HEADER + 16 + 2 * (channels + 1)
     return THREADS // 32 * STAGES * piece + blocks * BLOCK + 2 * slices * SLICE * 4 + row
 
 

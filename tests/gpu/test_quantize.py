@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from atomcli.formats.scheme import SCHEMES
-from atomcli.kernels import quantize as quantization
+from atomcli.kernels import quantize_launch
 from atomcli.kernels.quantize import Operand, norm_quantize, prepare_layout, quantize, silu_mul_quantize
 from tests.kernels import quantize_cases as cases
 from tests.kernels.quantize_cases import FORMATS
@@ -98,6 +98,6 @@ def test_rows_split_among_blocks(name: str, channels: int, monkeypatch: pytest.M
 
     split = run()
     cases.assert_equal(on_host(Operand(*split[:5])), cases.reference(x.cpu(), scheme, layout), "s8")
-    monkeypatch.setattr(quantization, "SPLIT_TOKENS", 0)
+    monkeypatch.setattr(quantize_launch, "SPLIT_TOKENS", 0)
     for one, other in zip(split[:10] + split[15:], run()[:10] + run()[15:], strict=True):
         assert torch.equal(one, other)

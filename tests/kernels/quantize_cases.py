@@ -9,7 +9,8 @@ from atomcli.formats import grids
 from atomcli.formats.activations import QuantizedActivations, quantize_activations
 from atomcli.formats.layout import InputLayout
 from atomcli.formats.scheme import SCHEMES, ActivationFormat, Scheme
-from atomcli.kernels.quantize import BLOCK, Operand
+from atomcli.kernels.layouts import BLOCK
+from atomcli.kernels.quantize import Operand
 
 A8 = SCHEMES["w4a8"].activations
 TWO_LEVEL = ActivationFormat("int4", 128, "two_level", True, 0.9)

@@ -8,7 +8,7 @@ from atomcli.formats.scheme import SCHEMES
 from atomcli.kernels import gemv, layouts, quantize, reference, rowwise
 from atomcli.kernels.compiler import compile_source
 from atomcli.kernels.layouts import GemmWeight
-from atomcli.kernels.quantize import Prologue
+from atomcli.kernels.quantize_launch import Prologue
 from tests.kernels.disassembly import compiles
 from tests.kernels.emulator import COMPILER, HostKernel
 from tests.kernels.gemm_cases import relative_error

@@ -9,6 +9,7 @@ from atomcli.formats import grids
 from atomcli.formats.layout import InputLayout
 from atomcli.formats.scheme import SCHEMES, ActivationFormat, Scheme
 from atomcli.kernels import quantize as quantization
+from atomcli.kernels import quantize_launch
 from atomcli.kernels.compiler import compile_source
 from atomcli.kernels.quantize import Operand, prepare_layout
 from tests.kernels import quantize_cases as cases
@@ -34,7 +35,7 @@ def run(
     results = quantization.allocate(x, layout.body, scheme.activations, prologue, container, 8, True)
     for result in results:
         result.view(torch.uint8).fill_(0xA5)
-    quantization.launch(
+    quantize_launch.launch(
         lambda how: HostKernel(f"{how.kernel}.cu", how.kernel, how.defines),
         x, other, weight, table.table, table.hadamard, prologue, scheme.activations, container, 1e-6, unit_offset,
         results, layout.body, True,
@@ -68,7 +69,7 @@ def test_codes_equal_the_rule(name: str) -> None:
 @pytest.mark.parametrize("few_tokens", [0, 264])
 def test_layouts_and_inputs(channels, outliers, permuted, signed, hadamard, dtype, few_tokens, monkeypatch) -> None:
     torch.manual_seed(1)
-    monkeypatch.setattr(quantization, "FEW_TOKENS", few_tokens)  # both mappings of channels to lanes
+    monkeypatch.setattr(quantize_launch, "FEW_TOKENS", few_tokens)  # both mappings of channels to lanes
     scheme = cases.scheme_of(cases.TWO_LEVEL_ASYMMETRIC, outliers, hadamard)
     layout = cases.random_layout(channels, outliers, permuted, signed, hadamard)
     x = cases.random_rows(5, channels, dtype)
@@ -116,7 +117,7 @@ def test_scaled_codes_of_groups_far_below_the_largest() -> None:
 )  # 16 channels a lane, which is a group; and 4, whose errors lanes add up
 def test_nvfp4_codes_times_scales_are_halves(name: str, few_tokens: int, monkeypatch) -> None:
     torch.manual_seed(7)
-    monkeypatch.setattr(quantization, "FEW_TOKENS", few_tokens)
+    monkeypatch.setattr(quantize_launch, "FEW_TOKENS", few_tokens)
     scheme = cases.scheme_of(cases.FORMATS[name], outliers=0, hadamard=False)
     layout = cases.random_layout(400, 0, permuted=True, signed=True, hadamard=False)
     x = cases.random_rows(6, 400, torch.bfloat16)
@@ -135,8 +136,8 @@ def test_nvfp4_codes_times_scales_are_halves(name: str, few_tokens: int, monkeyp
 @emulated
 def test_rows_too_long_for_registers_are_transformed_twice(monkeypatch) -> None:
     torch.manual_seed(3)
-    monkeypatch.setattr(quantization, "MAX_THREADS", 32)
-    monkeypatch.setattr(quantization, "FEW_TOKENS", 0)
+    monkeypatch.setattr(quantize_launch, "MAX_THREADS", 32)
+    monkeypatch.setattr(quantize_launch, "FEW_TOKENS", 0)
     scheme = cases.scheme_of(cases.PAPER, 128, True)
     layout = cases.random_layout(2048, 128, permuted=True, signed=True, hadamard=True)
     x = cases.random_rows(3, 2048, torch.bfloat16)
@@ -164,7 +165,7 @@ def test_many_tokens_go_two_by_two(prologue: str, name: str, dtype: torch.dtype,
     second = other if prologue in ("add_norm", "silu_mul") else None
     rows = {}
     for few_tokens in (0, 264):
-        monkeypatch.setattr(quantization, "FEW_TOKENS", few_tokens)
+        monkeypatch.setattr(quantize_launch, "FEW_TOKENS", few_tokens)
         operand, total, row = run(x, scheme, layout, prologue, second, weight if "norm" in prologue else None)
         rows[few_tokens] = x if prologue == "plain" else row
         cases.assert_equal(operand, cases.reference(rows[few_tokens], scheme, layout), "s8")
@@ -176,7 +177,7 @@ def test_many_tokens_go_two_by_two(prologue: str, name: str, dtype: torch.dtype,
 @pytest.mark.parametrize(("unit_offset", "few_tokens"), [(False, 264), (True, 264), (False, 0), (True, 0)])
 def test_residual_and_norm_round_like_torch(unit_offset: bool, few_tokens: int, monkeypatch) -> None:
     torch.manual_seed(4)
-    monkeypatch.setattr(quantization, "FEW_TOKENS", few_tokens)
+    monkeypatch.setattr(quantize_launch, "FEW_TOKENS", few_tokens)
     scheme, layout = SCHEMES["w4a8"], cases.random_layout(512, 128, permuted=True, signed=True, hadamard=True)
     x, residual = (torch.randn(5, 512, dtype=torch.bfloat16) for _ in range(2))
     weight = torch.rand(512, dtype=torch.bfloat16)
@@ -194,7 +195,7 @@ def test_residual_and_norm_round_like_torch(unit_offset: bool, few_tokens: int, 
 @pytest.mark.parametrize("few_tokens", [0, 264])
 def test_silu_times_up_from_halves_of_one_tensor(few_tokens: int, monkeypatch) -> None:
     torch.manual_seed(5)
-    monkeypatch.setattr(quantization, "FEW_TOKENS", few_tokens)
+    monkeypatch.setattr(quantize_launch, "FEW_TOKENS", few_tokens)
     scheme, layout = SCHEMES["w4a4"], cases.random_layout(512, 128, permuted=False, signed=False, hadamard=True)
     both = torch.randn(3, 1024, dtype=torch.bfloat16)
     gate, up = both[:, :512], both[:, 512:]
@@ -218,7 +219,7 @@ def test_compiles_without_spills(arch: str) -> None:
     )
     for name, tokens, channels, prologue in cases:
         scheme = SCHEMES[name]
-        how = quantization.plan(
+        how = quantize_launch.plan(
             tokens, channels, channels - scheme.outliers, torch.bfloat16, scheme.activations, prologue, "s8",  # type: ignore[arg-type]
             torch.uint16, True, True, hopper=arch == "90a",
         )  # fmt: skip

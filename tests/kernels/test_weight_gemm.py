@@ -101,7 +101,7 @@ def test_scales_beyond_fp16_keep_their_ratio() -> None:
 def test_operand_is_the_transformed_input(
     channels: int, permuted: bool, hadamard: bool, dtype: torch.dtype, few_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("atomcli.kernels.quantize.FEW_TOKENS", few_tokens)  # both mappings of channels to lanes
+    monkeypatch.setattr("atomcli.kernels.quantize_launch.FEW_TOKENS", few_tokens)  # both mappings of channels to lanes
     scheme = quantize_cases.scheme_of(cases.A16, 0, hadamard)
     layout = quantize_cases.random_layout(channels, 0, permuted, permuted, hadamard)
     x = quantize_cases.random_rows(9, channels, dtype)

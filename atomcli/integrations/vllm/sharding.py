@@ -18,7 +18,8 @@ from torch import Tensor
 from atomcli.errors import UnsupportedError
 from atomcli.formats.groups import group_count
 from atomcli.formats.scheme import Scheme
-from atomcli.kernels.quantize import BLOCK, KernelLayout, Operand
+from atomcli.kernels.layouts import BLOCK
+from atomcli.kernels.quantize import KernelLayout, Operand
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ def capacity(
     form: Form = "md",
     device: options.Device = None,
 ) -> None:
-    """Tokens per second of a server when every system has the same memory.
+    """Tokens per second of a server, the same memory for all.
 
     Requests as long as the Atom paper's (23 tokens of prompt and 995 of output on average), as many at a time as fit:
     the paper's protocol with a fixed reserve for each sequence, or pages.

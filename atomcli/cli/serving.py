@@ -17,7 +17,7 @@ Form = Annotated[Literal["md", "csv", "json"], typer.Option("--format", help="Ho
 @command
 @reportable
 def serve(
-    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint of atom, or any model.")],
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint of atom, or any MODEL.")],
     against: Annotated[
         list[str] | None, typer.Option("--against", metavar="PARENT", help="A model to compare with; repeatable.")
     ] = None,

@@ -381,7 +381,7 @@ def _nothing(*_: object) -> None:
     """Shapes of the results: the operators write into what they are given."""
 
 
-_FUNCTIONS = {
+_FUNCTIONS: dict[str, Callable[..., None]] = {
     "kv_append": _append,
     "attention_append_decode": _append_decode,
     "attention_decode": _decode,
@@ -389,10 +389,9 @@ _FUNCTIONS = {
 }
 
 
-def _operator(name: str) -> Callable[..., None]:
+def _operator(name: str) -> Callable[..., Any]:
     """What torch.compile is to see as one node; otherwise what runs it, without torch's 20 µs of dispatch."""
-    operator: Callable[..., None] = getattr(torch.ops.atom, name) if torch.compiler.is_compiling() else _FUNCTIONS[name]
-    return operator
+    return getattr(torch.ops.atom, name) if torch.compiler.is_compiling() else _FUNCTIONS[name]
 
 
 _SEQUENCES = (

@@ -46,7 +46,10 @@ class PromptRows:
 
     @torch.inference_mode()
     def logits(self, pieces: Sequence[Piece]) -> Tensor:
-        """Logits (pieces, vocabulary) after the last token of each; stores keys and values of all of them."""
+        """Logits (pieces, vocabulary) after the last token of each; stores keys and values of all of them.
+
+        On a card they lie where the next pass of this size writes its own.
+        """
         size = sum(len(piece.tokens) for piece in pieces)
         if self._memory is None or size > SIZES[-1] or len(pieces) > ROWS:
             width = max(-(-piece.end // self.model.format.page) for piece in pieces)

@@ -1,7 +1,8 @@
 """What quantizing a large model takes: `python -m atomcli.benchmarks.large SHAPE BLOCKS DIRECTORY`.
 
 A model of a published shape is made up in DIRECTORY (see `parents`; one that is there is used again) and quantized on
-random tokens; what it took comes as one line of JSON: seconds of every step, peaks of memory, a digest of the files.
+random tokens; what it took comes as one line of JSON: seconds of every step, peaks of memory and disk, a digest of the
+files. What each step took goes to stderr as well, at once: a run that is cut off has said what it found.
 Under torchrun the processes share the run; the digests of one and of several must be equal. With --plan the forecast is
 made first.
 """
@@ -13,7 +14,10 @@ import hashlib
 import json
 import shutil
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,8 +44,51 @@ class Measured:
     steps: dict[str, list[float]]
     host_bytes: int
     gpu_bytes: int | None
+    disk_bytes: int
     kld: float
     sha256: str
+
+
+class Said(Stopwatch):
+    """A progress that says at once how long each step took."""
+
+    def advance(self, done: int, detail: str = "") -> None:
+        super().advance(done, detail)
+        if done:
+            sys.stderr.write(f"{self._stage} {done}: {self.steps[self._stage][-1]:.2f} s\n")
+            sys.stderr.flush()
+
+
+class Largest:
+    """The largest sum of the sizes of files that was seen."""
+
+    bytes = 0
+
+
+@contextmanager
+def largest_size(*directories: Path, seconds: float = 0.02) -> Iterator[Largest]:
+    """Look at the directories every so many seconds, from a thread of its own."""
+    seen, ended = Largest(), threading.Event()
+
+    def look() -> None:
+        while not ended.wait(seconds):
+            seen.bytes = max(seen.bytes, sum(_size(path) for each in directories for path in each.rglob("*")))
+
+    watching = threading.Thread(target=look, daemon=True)
+    watching.start()
+    try:
+        yield seen
+    finally:
+        ended.set()
+        watching.join()
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file; none of one that has gone meanwhile."""
+    try:
+        return path.stat().st_size if path.is_file() else 0
+    except FileNotFoundError:
+        return 0
 
 
 def recipe_for(name: str, clip: str | None, samples: int, tokens: int) -> Recipe:
@@ -57,12 +104,13 @@ def measure(
     model: Path, out: Path, recipe: Recipe, device: torch.device | None = None, ranks: Ranks = ALONE
 ) -> Measured:
     """Quantize the model directory `model` into `out`, which is deleted before and after."""
-    settings, watch = recipe.calibration, Stopwatch()
+    settings, watch = recipe.calibration, Said()
+    unfinished = out.with_name(f"{out.name}.unfinished")
     shape = (settings.samples, settings.sequence_length)
     tokens = torch.randint(3, 259, shape, generator=torch.Generator().manual_seed(0))  # the bytes of its tokenizer
     tokens[:, 0] = 1
     if ranks.first:
-        for directory in (out, out.with_name(f"{out.name}.unfinished")):
+        for directory in (out, unfinished):
             shutil.rmtree(directory, ignore_errors=True)
     ranks.wait()
     forget_host_peak()
@@ -70,7 +118,9 @@ def measure(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     started = time.monotonic()
-    report = compress(open_source(str(model)), recipe, out, tokens=tokens, progress=watch, device=device, ranks=ranks)
+    with largest_size(out, unfinished) as disk:
+        source = open_source(str(model))
+        report = compress(source, recipe, out, tokens=tokens, progress=watch, device=device, ranks=ranks)
     seconds = time.monotonic() - started
     on_gpu = report["device"].startswith("cuda")
     found = Measured(
@@ -80,6 +130,7 @@ def measure(
         watch.steps,
         host_peak(),
         torch.cuda.max_memory_reserved() if on_gpu else None,
+        disk.bytes,
         report["proof"]["kld"],
         _digest(out) if ranks.first else "",
     )

@@ -26,6 +26,7 @@ from atomcli.runtime.serving import Request, Server
 
 SEED = 0
 MOST_ROWS = 256
+_DRAWS = 4096  # of request lengths, for their mean
 _MEASURES = ("sequences", "throughput", "step", "step limit", "KV cache", "weights")
 
 
@@ -45,9 +46,22 @@ class Workload:
         """Random requests without end, the same for every system."""
         draw = random.Random(SEED)
         while True:
-            prompt = min(self._length(draw, self.prompt), self.context // 2)
-            output = min(self._length(draw, self.output), self.context - prompt)
+            prompt, output = self._lengths(draw)
             yield Request([draw.randrange(vocabulary) for _ in range(prompt)], output)
+
+    def held(self) -> float:
+        """Tokens that a sequence of a running batch holds on average.
+
+        A batch is met in the middle: a request is in it with a probability in proportion to the steps that it takes,
+        and at a random one of them. So it is more than half of the mean output.
+        """
+        draw = random.Random(SEED)
+        drawn = [self._lengths(draw) for _ in range(_DRAWS)]
+        return sum(output * (prompt + output / 2) for prompt, output in drawn) / sum(output for _, output in drawn)
+
+    def _lengths(self, draw: random.Random) -> tuple[int, int]:
+        prompt = min(self._length(draw, self.prompt), self.context // 2)
+        return prompt, min(self._length(draw, self.output), self.context - prompt)
 
     def _length(self, draw: random.Random, mean: int) -> int:
         return max(1, round(mean * draw.lognormvariate(-(self.spread**2) / 2, self.spread)))
@@ -90,9 +104,8 @@ def places(model: FusedModel, budget: float, reserve: int | None, workload: Work
     page = model.format.page
     if reserve is None:
         needed = -(-workload.context // page)
-        # A sequence holds half of its tokens on average; more rows than that would send each other away.
-        average = -(-(workload.prompt + workload.output // 2) // page)
-        rows = min(MOST_ROWS, pages // average)
+        # More rows than have room on average would send each other away, to be computed anew.
+        rows = min(MOST_ROWS, int(pages / (workload.held() / page + 1)))
     else:
         needed = -(-reserve // page)
         rows = pages // needed

@@ -36,8 +36,18 @@ def test_reserved_places_are_the_largest_power_of_two_that_fits() -> None:
         fitting(0.9)
     with pytest.raises(RunError, match="leave no room"):
         fitting(-1)
-    # Paged: 9 pages of 64 hold the 520 tokens that a sequence has on average.
-    assert fitting(8.01, None) == (8 * 32 // 9, 8 * 32)
+    # Paged: 635 tokens that a sequence has on average, in pages of 64 of which one is part empty.
+    assert fitting(8.01, None) == (int(8 * 32 / (635.1 / 64 + 1)), 8 * 32)
+
+
+def test_held_is_the_average_over_the_steps_of_a_place() -> None:
+    """One place of a batch, request after request: what lies in its cache, step by step."""
+    held = [
+        len(request.prompt) + said
+        for request in itertools.islice(Workload().requests(100), 4000)
+        for said in range(request.new_tokens)
+    ]
+    assert Workload().held() == pytest.approx(statistics.mean(held), rel=0.05)
 
 
 def test_rows_compare_systems_under_each_budget() -> None:

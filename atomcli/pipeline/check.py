@@ -117,9 +117,9 @@ def verify(
 
 
 def advance(walk: Walk, block: nn.Module, index: int, before: Stream, after: Stream) -> None:
-    """Run one block over a stream a sequence at a time, as the proof does."""
+    """Run one block over a stream a sequence at a time, as the proof does; the caller syncs what comes out."""
     outputs: Iterator[Tensor] = run(before, 1, lambda chunk: walk.forward(block, index, chunk))
-    after.write(outputs, block_name(index))
+    after.write(outputs, block_name(index), sync=False)
 
 
 def _log_probabilities(model: PreTrainedModel, hidden: Tensor) -> Tensor:

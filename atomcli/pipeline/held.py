@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -79,23 +79,34 @@ class Held:
         """Begin to `write` a copy of a slot, which the next block will change, to its file."""
         while len(self._waiting) >= WAITING:
             self._waiting.popleft()[1].result()
-        copy = slot.to("cpu", non_blocking=True, copy=True)  # pinned where it comes from a GPU
-        done = torch.cuda.Event() if slot.is_cuda else None
-        if done is not None:
-            done.record()
+        copies, arrived = begin_copy({path.name: slot}, copy=True)
 
-        def write_when_there(copy: Tensor) -> None:
-            if done is not None:
-                done.synchronize()
-            write(copy)
+        def write_when_there() -> None:
+            arrived()
+            write(copies.pop(path.name))
 
-        self._waiting.append((path, self._pool.submit(write_when_there, copy)))
+        self._waiting.append((path, self._pool.submit(write_when_there)))
 
     def settle(self, path: Path) -> None:
         """Wait until what was begun for a file is in it; what went wrong is raised here."""
         for of, writing in list(self._waiting):
             if of == path:
                 writing.result()
+
+
+def begin_copy(tensors: Mapping[str, Tensor], copy: bool = False) -> tuple[dict[str, Tensor], Callable[[], None]]:
+    """Tensors in the host's memory, and what to call, from any thread, before they are read there.
+
+    A GPU copies them into pinned memory beside its work, fifty times as fast as into fresh pages. What is in the host's
+    memory already is copied with `copy` only.
+    """
+    copies = {name: tensor.detach().to("cpu", non_blocking=True, copy=copy) for name, tensor in tensors.items()}
+    device = next((tensor.device for tensor in tensors.values() if tensor.is_cuda), None)
+    if device is None:
+        return copies, lambda: None
+    done = torch.cuda.Event()
+    done.record(torch.cuda.current_stream(device))
+    return copies, done.synchronize
 
 
 def free_bytes(device: torch.device) -> int:

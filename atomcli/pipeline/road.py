@@ -24,7 +24,7 @@ from atomcli.models.tensors import block_name
 from atomcli.pipeline import check, pack
 from atomcli.pipeline.ahead import Ahead, Behind
 from atomcli.pipeline.calibrate import Calibration, Statistics
-from atomcli.pipeline.held import Held, free_bytes, held_on
+from atomcli.pipeline.held import Held, begin_copy, free_bytes, held_on
 from atomcli.pipeline.hessians import Hessian, InputsSeen, Target, pooled, watched
 from atomcli.pipeline.parameters import Outcome, cache_tensors, fold, input_ranges, quantize_block, targets
 from atomcli.pipeline.passes import drop, pass_through, write_embedded
@@ -143,12 +143,13 @@ class Road:
             "seconds": time.monotonic() - started,
         }
         made = pack.block_tensors(block, index) if self.ranks.first else {}
-        self._write(index, {name: tensor.detach().cpu() for name, tensor in made.items()}, step, journal)
+        self._write(index, made, step, journal)
         return step
 
-    def _write(self, index: int, tensors: dict[str, Tensor], step: dict[str, Any], journal: Journal) -> None:
+    def _write(self, index: int, made: dict[str, Tensor], step: dict[str, Any], journal: Journal) -> None:
         """Put a block and the streams after it on disk and into the journal, beside the work on the next one."""
         before, after = self.streams(index), self.streams(index + 1)
+        tensors, arrived = begin_copy(made)
         ranks, where = self.ranks, f"block-{index}"
 
         def write() -> None:
@@ -157,8 +158,11 @@ class Road:
             ranks.arrive(where)
             if not ranks.first:
                 return
+            arrived()
             record = write_shard(self.directory, shard_file(index), tensors)
             tensors.clear()
+            for stream in (after.parent, after.checkpoint):  # unlike calibration sequences, nothing makes them again
+                stream.sync()
             ranks.await_all(where)
             if self.walk.source.fingerprint() != journal.identity["model"]:
                 raise InputError(

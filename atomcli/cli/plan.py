@@ -35,7 +35,7 @@ def plan(
         Path | None, typer.Option("--plot", metavar="PNG", help="Draw the frontier (needs matplotlib).")
     ] = None,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Try three blocks: memory and time of the whole run.")
+        bool, typer.Option("--measure", help="Try a few blocks: memory and time of the whole run.")
     ] = False,
     numbers: options.Numbers,
     text: options.Text,
@@ -123,7 +123,7 @@ def _say_forecast(source: Any, recipe: Any, device: Any) -> None:
     """What the run takes, tried on a few blocks in the current directory, where it would write."""
     from atomcli.pipeline.forecast import forecast
 
-    console.note("trying three blocks")
+    console.note("trying a few blocks")
     found = forecast(source, recipe, Path(), device)
     table = Table(["what the run takes", ">"])
     table.add("time", f"{duration(found.seconds)} ({found.seconds_per_block:.1f} s a block)")

@@ -1,7 +1,10 @@
-"""What a run would take: three blocks of the model go the whole road on a few sequences, twice, and the rest follows.
+"""What a run would take: a few blocks of the model go the whole road, and the rest follows.
 
-Time is linear in the blocks, and of a block linear in the sequences; memory of GPU and host depends on neither beyond
-two blocks and one chunk of sequences. The disk is counted: the checkpoint, and the hidden states between two blocks.
+Time is linear in the blocks. On a GPU the trial has all sequences of the run. With fewer, experts of a mixture see
+fewer tokens than they have channels, and forcing the routing, which the run need not do, costs time; and noise would be
+multiplied. Where all would take too long, two trials with fewer say how a block's time grows with them. Memory of GPU
+and host depends on neither beyond two blocks and one chunk of sequences. The disk is counted: the checkpoint, and the
+hidden states between two blocks.
 """
 
 from __future__ import annotations
@@ -37,7 +40,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _LOG = logging.getLogger("atomcli")
-_BLOCKS = 3  # the first, one as all in the middle of a model (the one before is written, the one after read), the last
+# The first, those as all in the middle of a model (the one before is written, the one after read), and the last. Two in
+# the middle tell of each other's noise; on a CPU, where a block takes minutes, noise is a small part of it.
+_BLOCKS = {"cpu": 3, "cuda": 4}
+_TOKENS = 1 << 18  # so many are tried on a GPU: as many as 128 sequences of 2048 have
 _HASHED = 1 << 26  # bytes that are hashed to learn how long all of them take
 
 
@@ -108,7 +114,7 @@ class Stopwatch:
 
 
 def forecast(source: Source, recipe: Recipe, scratch: Path, device: torch.device | str | None = None) -> Forecast:
-    """What `compress` of this source by this recipe takes on this machine; `scratch` has room for three blocks.
+    """What `compress` of this source by this recipe takes on this machine; `scratch` has room for a few blocks.
 
     Raises UsageError for a recipe with a budget, whose measurements depend on its candidates, and what `compress` does.
     """
@@ -116,37 +122,56 @@ def forecast(source: Source, recipe: Recipe, scratch: Path, device: torch.device
         raise UsageError("The time of a run that measures sensitivities can't be told from a few blocks")
     walk = start_walk(source, device)
     samples, length = recipe.calibration.samples, recipe.calibration.sequence_length
-    blocks = min(_BLOCKS, walk.blocks)
-    # A slot of the trial takes chunks as large as a slot of the run.
+    blocks = min(_BLOCKS.get(walk.device.type, 3), walk.blocks)
     chunk = min(walk.sequences_at_once(length), -(-samples // SLOTS))
-    hours = chunk == 1 and walk.device.type == "cpu"
-    few = min(samples, 2 if hours else SLOTS * chunk)
-    many = min(samples, (2 if chunk > 1 else 4) * few)  # far enough apart to tell the slope from noise
-    trials: dict[int, dict[str, list[float]]] = {}
-    host, gpu = 0, None
-    for number in sorted({few, many}):
-        trials[number], host, gpu = _trial(Shallow(source, blocks), recipe, walk, number, length, scratch)
-    steps = {
-        stage: [
-            _at(samples, {number: times[stage][place] for number, times in trials.items()}) for place in range(blocks)
-        ]
-        for stage in trials[few]
+    if walk.device.type == "cuda":
+        # Kernels that aren't in the cache are compiled before the clock runs; only a block before another puts anything
+        # out, which takes kernels of its own.
+        _trial(Shallow(source, min(2, blocks)), recipe, walk, chunk, length, scratch)
+    trials = {
+        number: _trial(Shallow(source, blocks), recipe, walk, number, length, scratch)
+        for number in _numbers(walk.device, samples, length, chunk)
     }
+    many = max(trials)
+    last, host, gpu = trials[many], trials[many].host_bytes, trials[many].gpu_bytes
+    middle = {
+        stage: _at(samples, {number: _middle(trial.steps[stage], blocks) for number, trial in trials.items()})
+        for stage in last.steps
+    }
+    tried = _at(samples, {number: trial.seconds for number, trial in trials.items()})
     checkpoint = _checkpoint_bytes(walk, recipe)
     # Files are hashed by several threads: the parent before anything else, and the shards twice in the proof.
     hashed = _parent_bytes(walk) + 2 * checkpoint * max(0, walk.blocks - blocks) / walk.blocks
-    seconds = sum(_whole(each, walk.blocks) for each in steps.values()) + hashed / (_hash_rate() * HASHING)
-    middle = sum(steps[stage][blocks // 2] for stage in ("calibrate", "quantize"))
+    seconds = tried + (walk.blocks - blocks) * sum(middle.values()) + hashed / (_hash_rate() * HASHING)
+    per_block = middle["calibrate"] + middle["quantize"]
     if gpu is not None:
         gpu += _held_bytes(walk, samples, length) - _held_bytes(walk, many, length)
         host += _waiting_bytes(walk, samples, length) - _waiting_bytes(walk, many, length)
-    return Forecast(seconds, middle, host, gpu, _disk(walk, recipe, checkpoint, samples, length))
+    return Forecast(seconds, per_block, host, gpu, _disk(walk, recipe, checkpoint, samples, length))
 
 
-def _trial(
-    source: Source, recipe: Recipe, walk: Walk, samples: int, length: int, scratch: Path
-) -> tuple[dict[str, list[float]], int, int | None]:
-    """Seconds of every step of each stage, and the peaks of the host's and the GPU's memory."""
+def _numbers(device: torch.device, samples: int, length: int, chunk: int) -> list[int]:
+    """How many sequences each trial has; a slot of the largest takes chunks as large as a slot of the run."""
+    if device.type == "cuda":
+        many = max(SLOTS * chunk, _TOKENS // length)
+        return [samples] if samples <= many else [many // 2, many]
+    few = min(samples, 2 if chunk == 1 else SLOTS * chunk)
+    many = min(samples, (2 if chunk > 1 else 4) * few)  # far enough apart to tell the slope from noise
+    return sorted({few, many})
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Seconds in all and of every step of each stage, and the peaks of the host's and the GPU's memory in bytes."""
+
+    seconds: float
+    steps: dict[str, list[float]]
+    host_bytes: int
+    gpu_bytes: int | None
+
+
+def _trial(source: Source, recipe: Recipe, walk: Walk, samples: int, length: int, scratch: Path) -> Trial:
+    """What so many sequences through all blocks of `source` take."""
     tokens = torch.randint(walk.config.vocab_size, (samples, length), generator=torch.Generator().manual_seed(0))
     watch, cuda = Stopwatch(), walk.device.type == "cuda"
     forget_host_peak()
@@ -154,14 +179,19 @@ def _trial(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(walk.device)
     with tempfile.TemporaryDirectory(dir=scratch, prefix="atom-plan-") as directory, _unsaid():
+        started = time.monotonic()
         compress(source, recipe, Path(directory) / "trial", tokens=tokens, device=walk.device, progress=watch)
-    peak = torch.cuda.max_memory_reserved(walk.device) if cuda else None
-    return watch.steps, host_peak(), peak
+        seconds = time.monotonic() - started
+    return Trial(seconds, watch.steps, host_peak(), torch.cuda.max_memory_reserved(walk.device) if cuda else None)
 
 
-def _whole(steps: list[float], blocks: int) -> float:
-    """Seconds of a stage over so many blocks, of which the first, those in the middle and the last took `steps`."""
-    return sum(steps) + (blocks - len(steps)) * steps[len(steps) // 2]
+def _middle(steps: list[float], blocks: int) -> float:
+    """Seconds of a block in the middle: the mean of those between the first and the last of so many.
+
+    What a stage does after its blocks may be a step as well. Of one or two blocks it is the last.
+    """
+    between = steps[1 : blocks - 1] or [steps[blocks - 1]]
+    return sum(between) / len(between)
 
 
 @contextmanager

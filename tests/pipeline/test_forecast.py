@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+import atomcli.pipeline.forecast as module
 from atomcli.errors import UsageError
-from atomcli.pipeline.forecast import Shallow, _at, _whole, forecast
+from atomcli.pipeline.forecast import Shallow, Trial, _at, _middle, _numbers, forecast
 from atomcli.runtime.decoder import load_parent
 from tests.helpers.tiny import NAMES, random_tokens
 from tests.pipeline.conftest import small_recipe
@@ -28,11 +29,44 @@ def test_time_lies_on_the_line_through_two_trials():
     assert _at(2, {2: 3.0}) == 3.0
 
 
-def test_a_stage_is_its_first_and_last_block_and_as_many_in_the_middle_as_there_are():
-    assert _whole([5.0, 3.0, 1.0], 10) == 5 + 8 * 3 + 1
-    assert _whole([5.0, 3.0, 1.0], 3) == 9
-    assert _whole([5.0, 1.0], 2) == 6
-    assert _whole([5.0], 1) == 5
+def test_a_block_in_the_middle_is_the_mean_of_those_there_are():
+    assert _middle([5.0, 3.0, 4.0, 1.0, 0.1], 4) == 3.5  # and not what the stage does after its blocks
+    assert _middle([5.0, 3.0, 1.0], 3) == 3
+    assert _middle([5.0, 1.0, 0.1], 2) == 1
+    assert _middle([5.0, 0.1], 1) == 5
+
+
+def test_a_gpu_tries_all_sequences_and_a_cpu_a_few():
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert _numbers(cuda, 128, 2048, 2) == [128]
+    assert _numbers(cuda, 512, 2048, 2) == [64, 128]
+    assert _numbers(cuda, 4, 16, 1) == [4]
+    assert _numbers(cpu, 128, 2048, 1) == [2, 8]
+    assert _numbers(cpu, 2, 2048, 1) == [2]
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3, 8])
+def test_a_run_is_its_trial_and_as_many_more_blocks_in_the_middle(blocks, parent, tmp_path, monkeypatch):
+    """What lies between the stages counts as well, and what only the first and last block do counts once."""
+
+    def steps(samples, blocks):
+        each = {"calibrate": [2 + samples * 0.1] * blocks, "quantize": [3 + samples * 0.2] * blocks}
+        each["quantize"][0] += 7
+        each["quantize"][-1] -= 2
+        return each | {"verify": [5.0, *[0.5] * (blocks - 1), 0.1]}
+
+    def seconds(samples, blocks):
+        return 1.5 + sum(map(sum, steps(samples, blocks).values()))
+
+    def trial(source, recipe, walk, samples, length, scratch):
+        tried = source.config.num_hidden_layers
+        return Trial(seconds(samples, tried), steps(samples, tried), 1, None)
+
+    monkeypatch.setattr(module, "_trial", trial)
+    monkeypatch.setattr(module, "_hash_rate", lambda: torch.inf)
+    recipe = small_recipe(calibration={"samples": 128, "sequence_length": 24})
+    found = forecast(parent(num_hidden_layers=blocks), recipe, tmp_path, "cpu")
+    assert found.seconds == pytest.approx(seconds(128, blocks))
 
 
 def test_a_forecast_of_a_budget_is_refused(parent, tmp_path):

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 # Bytes of a tensor that costs next to nothing to read.
 _SMALL = 1 << 17
-# Tensors that are read at once. One thread reads, checks and pins about 1 GB a second, for every tensor takes fresh
-# pages: beside a GPU the next block came later than the present one was calibrated. A CPU has other work for its cores.
+# Tensors that are read at once. One thread, for which every tensor takes fresh pages, reads about 1 GB a second (x86):
+# half a second for a block that two GPUs calibrate in as much. A CPU has other work for its cores.
 _READERS = {"cpu": 1, "cuda": 4}
 
 

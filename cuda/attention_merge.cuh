@@ -16,11 +16,7 @@ INLINE void leave(const State& state, float* records, int count) {
     for (int t = 0; t < query_tiles; ++t)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            float weight = state.weight[t][i], minimum = state.minimum[t][i];
-            for (int distance = 4; distance < 32; distance *= 2) {
-                weight += __shfl_xor_sync(all_lanes, weight, distance);
-                minimum += __shfl_xor_sync(all_lanes, minimum, distance);
-            }
+            const auto [weight, minimum] = column_totals(state, t, i);
             const int column = t * 8 + 2 * c + i;
             if (column >= count) continue;
             float* at = records + column * record;

@@ -158,11 +158,7 @@ INLINE void store(const State& state, uint8* shared, Query* out, const float* va
     for (int t = 0; t < query_tiles; ++t)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            float weight = state.weight[t][i], minimum = state.minimum[t][i];
-            for (int distance = 4; distance < 32; distance *= 2) {
-                weight += __shfl_xor_sync(all_lanes, weight, distance);
-                minimum += __shfl_xor_sync(all_lanes, minimum, distance);
-            }
+            const auto [weight, minimum] = column_totals(state, t, i);
             const float share = weight > 0.0f ? 1.0f / weight : 0.0f;
 #pragma unroll
             for (int m = 0; m < channel_tiles; ++m)

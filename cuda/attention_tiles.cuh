@@ -76,6 +76,16 @@ struct State {
     }
 };
 
+// What the eight lanes that share a column have each counted of it: the weights' sum and the minimums' share.
+INLINE float2 column_totals(const State& state, int t, int i) {
+    float weight = state.weight[t][i], minimum = state.minimum[t][i];
+    for (int distance = 4; distance < 32; distance *= 2) {
+        weight += __shfl_xor_sync(all_lanes, weight, distance);
+        minimum += __shfl_xor_sync(all_lanes, minimum, distance);
+    }
+    return {weight, minimum};
+}
+
 // A chunk in shared memory: the codes of its keys, of its values, and its numbers.
 struct Chunk {
     const uint8 *keys, *values, *numbers;

@@ -15,18 +15,7 @@ from atomcli.errors import AtomError, UnsupportedError
 from atomcli.formats.layout import InputLayout
 from atomcli.formats.scheme import SCHEMES, Scheme
 from atomcli.formats.weights import QuantizedWeight
-from atomcli.kernels import (
-    compiler,
-    gemm,
-    gemv,
-    gemv_w16,
-    group_gemm,
-    layouts,
-    quantize,
-    warp_gemm,
-    weight_gemm,
-    weight_layouts,
-)
+from atomcli.kernels import compiler, gemm, gemv, group_gemm, layouts, quantize, warp_gemm, weight_gemm, weight_layouts
 from atomcli.kernels.group_layouts import pack_groups
 from atomcli.kernels.quantize_launch import Container
 
@@ -91,15 +80,6 @@ def choose_for_experts(scheme: Scheme, device: torch.device | str, in_features: 
     return Choice(None, f"experts are one product on the integer GEMM of sm_90a, not on {choice.kernel}")
 
 
-def choose_for_one_token(weight: Tensor) -> Choice:
-    """What multiplies a single token by a weight (N, K) that stays in 16 bits, or why torch does."""
-    reason = machine_reason(weight.device)
-    if reason is None:
-        arch, processors = compiler.architecture(weight.device), compiler.multiprocessors(weight.device)
-        reason = gemv_w16.why_not(weight, arch, processors)
-    return Choice(None, reason) if reason else Choice("gemv_w16", None)
-
-
 def machine_reason(device: torch.device) -> str | None:
     """Why no kernel runs on `device` at all, or None: no GPU, a card that none is built for, no compiler."""
     if device.type != "cuda" or not torch.cuda.is_available():
@@ -120,10 +100,6 @@ def table(device: torch.device | str) -> dict[str, Choice]:
     return {name: choose(scheme, device) for name, scheme in SCHEMES.items()}
 
 
-OneToken = Callable[..., tuple[Tensor, Tensor]]
-"""A layer's product for a single token with what comes before it: `gemv.linear` or `gemv_w16.linear` of its weight."""
-
-
 @dataclass(frozen=True)
 class Product:
     """y = x W^T of one layer on its kernel. Layers that read the same input alike may share its operand.
@@ -136,7 +112,7 @@ class Product:
     layout: quantize.KernelLayout
     container: Container
     multiply: Callable[[quantize.Operand, int, torch.dtype, Tensor | None], Tensor]
-    one_token: OneToken | None = None
+    one_token: Callable[..., tuple[Tensor, Tensor]] | None = None
 
     def quantize(self, x: Tensor) -> quantize.Operand:
         """The operand of x (tokens, in_features) fp32, fp16 or bf16."""
@@ -171,13 +147,6 @@ def prepare_experts(weights: Sequence[QuantizedWeight], layout: InputLayout) -> 
         return ExpertProduct(first.scheme, kernel_layout, "f16", scaled)
     stacked = layouts.stack([layouts.prepare_weight(weight) for weight in weights])
     return ExpertProduct(first.scheme, kernel_layout, "s8", stacked)
-
-
-def prepare_one_token(weight: Tensor, bias: Tensor | None) -> OneToken | None:
-    """`gemv_w16.linear` of a layer that stays in 16 bits, where `choose_for_one_token` finds it a kernel."""
-    if choose_for_one_token(weight).kernel is None:
-        return None
-    return partial(gemv_w16.linear, weight=weight, bias=bias)
 
 
 def prepare(weight: QuantizedWeight, layout: InputLayout) -> Product:

@@ -2,8 +2,7 @@
 
 Linears of one scheme and input layout become one product on their kernel (q, k, v; gate, up). Those that only quantize
 alike share the operand. What comes before (residual add and norm, SiLU(gate) * up) is part of the quantization where a
-kernel quantizes, and a kernel of its own where the input stays in 16 bits; for a single token it is part of the
-product. Without kernels everything is the reference.
+kernel quantizes, and a kernel of its own where the input stays in 16 bits. Without kernels everything is the reference.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from atomcli.formats.weights import stack_rows
-from atomcli.kernels import dispatch, gemv, gemv_w16, quantize, reference, rowwise
+from atomcli.kernels import dispatch, gemv, quantize, reference, rowwise
 from atomcli.runtime.linear import QuantLinear, reads_alike
 
 Linear = nn.Linear | QuantLinear
@@ -86,14 +85,14 @@ class Projection:
     @property
     def gates_one_token(self) -> bool:
         """Whether these are a gate and ups that `activated` serves."""
-        first = self._operands[0]
+        kernels = [operand.one_token for operand in self._operands if isinstance(operand, _Quantized)]
         whole = len(self._operands) == 1 and self._order == [0, 1] and self.sizes[0] == self.sizes[1]
-        return whole and isinstance(first, _OneToken) and first.one_token is not None and first.gates(sum(self.sizes))
+        return whole and kernels != [] and kernels[0] is not None and gemv.gates(sum(self.sizes))
 
     def activated(self, x: Tensor, residual: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
         """silu(gate) * up of the norm of x + residual, both (1, K), by one kernel; also that sum."""
         (operand,) = self._operands
-        assert isinstance(operand, _OneToken)
+        assert isinstance(operand, _Quantized)
         return operand.activated(x, residual, norm)
 
     def _joined(self, outputs: list[Tensor]) -> Tensor:
@@ -119,68 +118,23 @@ class _Operand(Protocol):
     def gated(self, gate: Tensor, up: Tensor) -> Tensor: ...
 
 
-class _OneToken:
-    """Products that a kernel serves for a single token, where `one_token` is one: it does what comes before, too.
-
-    `gates`: whether a gate and ups of so many output channels together can put out silu(gate) * up.
-    """
-
-    one_token: dispatch.OneToken | None
-    gates: Callable[[int], bool]
-
-    def kernel_for(self, x: Tensor) -> dispatch.OneToken | None:
-        """The kernel, if x is a single token."""
-        return self.one_token if len(x) == 1 else None
-
-    def activated(self, x: Tensor, residual: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
-        """silu(gate) * up of the norm of x + residual; also that sum."""
-        assert self.one_token is not None
-        return self.one_token(x, prologue="add_norm", other=residual, gated=True, **_numbers(norm))
-
-
-def _numbers(norm: Norm) -> dict[str, Any]:
-    return {"norm_weight": norm.weight, "epsilon": norm.epsilon}
-
-
-def _normed_token(
-    kernel: dispatch.OneToken, x: Tensor, residual: Tensor | None, norm: Norm
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`_Operand.normed` of a single token; the normed row is nowhere, x stands in its place."""
-    if residual is None:
-        return kernel(x, prologue="norm", **_numbers(norm))[0], x, x
-    y, total = kernel(x, prologue="add_norm", other=residual, **_numbers(norm))
-    return y, total, x
-
-
-class _Plain(_OneToken):
-    """Linears whose inputs stay in 16 (or 32) bits: one product of torch, or a kernel's for a single token."""
-
-    gates = staticmethod(gemv_w16.gates)
+class _Plain:
+    """Linears whose inputs stay in 16 (or 32) bits: one product of torch."""
 
     def __init__(self, linears: Sequence[nn.Linear], biased: Sequence[bool]) -> None:
         weights = [linear.weight.detach() for linear in linears]
         self.weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         self.bias = _stacked_bias(linears, biased, self.weight.dtype)
         self.kernels, self.nbytes = ["torch"], self.weight.nbytes
-        self.one_token = dispatch.prepare_one_token(self.weight, self.bias)
 
     def plain(self, x: Tensor) -> Tensor:
-        kernel = self.kernel_for(x)
-        if kernel is not None:
-            return kernel(x)[0]
         return nn.functional.linear(x, self.weight, self.bias)
 
     def normed(self, x: Tensor, residual: Tensor | None, norm: Norm, want: bool) -> tuple[Tensor, Tensor, Tensor]:
-        kernel = self.kernel_for(x)
-        if kernel is not None and not want:
-            return _normed_token(kernel, x, residual, norm)
         rows, total = norm.rows(x, residual)
         return self.plain(rows), total, rows
 
     def gated(self, gate: Tensor, up: Tensor) -> Tensor:
-        kernel = self.kernel_for(gate)
-        if kernel is not None:
-            return kernel(gate, prologue="silu_mul", other=up)[0]
         return self.plain(rowwise.silu_mul(gate, up))
 
 
@@ -218,13 +172,11 @@ class _Product:
     nbytes: int
 
 
-class _Quantized(_OneToken):
+class _Quantized:
     """Products that read one operand: quantized once, by the kernel that also does what comes before.
 
     For a single token and a single product that kernel multiplies, too.
     """
-
-    gates = staticmethod(gemv.gates)
 
     def __init__(self, products: Sequence[_Product]) -> None:
         self.products = products
@@ -232,29 +184,35 @@ class _Quantized(_OneToken):
         self.scheme, self.layout, self.container = first.scheme, first.layout, first.container
         self.kernels = [each.product.kernel for each in products]
         self.nbytes = sum(each.nbytes for each in products)
-        self.one_token = None
+        self.one_token: Callable[..., tuple[Tensor, Tensor]] | None = None
         if len(products) == 1 and first.one_token is not None:
             self.one_token = partial(first.one_token, bias=products[0].bias)
 
     def plain(self, x: Tensor) -> Tensor:
-        kernel = self.kernel_for(x)
-        if kernel is not None:
-            return kernel(x)[0]
+        if len(x) == 1 and self.one_token is not None:
+            return self.one_token(x)[0]
         return self._multiply(quantize.quantize(x, self.scheme, self.layout, self.container), x)
 
     def normed(self, x: Tensor, residual: Tensor | None, norm: Norm, want: bool) -> tuple[Tensor, Tensor, Tensor]:
-        kernel = self.kernel_for(x)
-        if kernel is not None and not want:
-            return _normed_token(kernel, x, residual, norm)
+        if len(x) == 1 and self.one_token is not None and not want:
+            before: dict[str, Any] = {"norm_weight": norm.weight, "epsilon": norm.epsilon}
+            if residual is None:
+                return self.one_token(x, prologue="norm", **before)[0], x, x
+            y, total = self.one_token(x, prologue="add_norm", other=residual, **before)
+            return y, total, x
         operand, total, rows = quantize.norm_quantize(
             x, norm.weight, norm.epsilon, self.scheme, self.layout, residual, want_normed=want, container=self.container
         )
         return self._multiply(operand, x), total, x if rows is None else rows
 
+    def activated(self, x: Tensor, residual: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+        assert self.one_token is not None
+        before: dict[str, Any] = {"norm_weight": norm.weight, "epsilon": norm.epsilon}
+        return self.one_token(x, prologue="add_norm", other=residual, gated=True, **before)
+
     def gated(self, gate: Tensor, up: Tensor) -> Tensor:
-        kernel = self.kernel_for(gate)
-        if kernel is not None:
-            return kernel(gate, prologue="silu_mul", other=up)[0]
+        if len(gate) == 1 and self.one_token is not None:
+            return self.one_token(gate, prologue="silu_mul", other=up)[0]
         return self._multiply(quantize.silu_mul_quantize(gate, up, self.scheme, self.layout, self.container), gate)
 
     def _multiply(self, operand: quantize.Operand, x: Tensor) -> Tensor:

@@ -191,8 +191,7 @@ gemv(const Input* x, const Input* other, const Input* norm_weight, const Index* 
     for (int i = threadIdx.x; i < 2 * own_rows; i += THREADS) sums[i] = 0;
 
     wait_for_previous_kernel();
-    const Row source = {x, other, norm_weight, total, nullptr, channels, blockIdx.x == 0};
-    stage_row<weight_ahead>(staged, shared->partial_sums, source, known.first_weight, epsilon, unit_offset);
+    stage_row(staged, shared, {x, other, norm_weight, total, nullptr, channels, blockIdx.x == 0}, known.first_weight, epsilon, unit_offset);
     quantize_staged({codes, codes + shape.body_blocks * BLOCK_K, token_scales, token_scales + 1, nullptr, 1}, staged, shared, table, known, lane, shape,
                     {clip, token_factor, group_factor}, 0, {0, nullptr, unused});
     __syncthreads();

@@ -42,7 +42,7 @@ quantize_activations(const Input* x, const Input* other, const Input* norm_weigh
     const size_t offset = (size_t)token * channels;
     const Row row = {x + (size_t)token * x_stride, other + (size_t)token * other_stride, norm_weight, residual_out + offset,
                      row_out ? row_out + offset : nullptr, channels, rank == 0};
-    stage_row<weight_ahead>(staged, shared->partial_sums, row, known.first_weight, epsilon, unit_offset);
+    stage_row(staged, shared, row, known.first_weight, epsilon, unit_offset);
   } else {
     for (int i = threadIdx.x; i <= channels; i += blockDim.x) staged[i] = from_float<Input>(0.0f);
     __syncthreads();

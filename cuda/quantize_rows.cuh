@@ -1,6 +1,6 @@
 // Quantizing the input of a linear layer a token at a time, by a CTA or by a cluster of CLUSTER CTAs:
 //
-//   stage      the row in shared memory, through (residual add +) RMSNorm or SiLU(gate) * up (stage_row.cuh)
+//   stage      the row in shared memory, through (residual add +) RMSNorm or SiLU(gate) * up
 //   transform  gather by the layout's permutation, flip signs, Hadamard inside each block of 128 channels
 //   measure    the range of each group, and of the whole token
 //   encode     scales and codes by the rule of atomcli/formats/activations.py, bit for bit
@@ -10,7 +10,6 @@
 #include "chain.cuh"
 #include "cluster.cuh"
 #include "quantize_transform.cuh"
-#include "stage_row.cuh"
 
 constexpr int ctas_per_token = CLUSTER;  // each stages the whole row and quantizes a part of it
 constexpr int slots_per_cta = SLOTS;     // k-blocks that a CTA works on at a time; threads beyond only stage
@@ -21,9 +20,73 @@ constexpr bool ahead = overlaps && has_table && !in_passes && blocks_per_lane * 
 
 // What one CTA shares. The row follows, channel by channel, and behind it a zero that padding channels gather.
 struct Shared {
-  PartialSums partial_sums;
+  float partial_sums[32];  // one of each warp, of the squares of the row
   unsigned absmax[2][32];  // one of each warp, of the body and of the outliers, as ordered integers
 };
+
+// ---------------------------------------------------------------------------------------------------- stage
+
+constexpr int stage_width = aligned ? 16 / sizeof(Input) : 1;
+struct alignas(sizeof(Input) * stage_width) StageChunk {
+  Input values[stage_width];
+};
+
+// The sum over the CTA.
+__device__ __forceinline__ float sum_over_cta(float sum, Shared* shared) {
+  for (int distance = 16; distance; distance /= 2) sum += __shfl_xor_sync(all_lanes, sum, distance);
+  if (threadIdx.x % 32 == 0) shared->partial_sums[threadIdx.x / 32] = sum;
+  __syncthreads();
+  sum = threadIdx.x % 32 < blockDim.x / 32 ? shared->partial_sums[threadIdx.x % 32] : 0.0f;
+  for (int distance = 16; distance; distance /= 2) sum += __shfl_xor_sync(all_lanes, sum, distance);
+  return sum;
+}
+
+// The row that a CTA reads, and where it puts what the layer's input is: the sum, and (or null) the row before the transform.
+struct Row {
+  const Input *x, *other, *norm_weight;
+  Input *residual_out, *row_out;
+  int channels;
+  bool writes;  // one CTA of a cluster does
+};
+
+// Brings the token's row into shared memory, rounded to the input's dtype wherever torch would hold it in a tensor.
+__device__ __forceinline__ void stage_row(Input* staged, Shared* shared, const Row& row, const StageChunk& first_weight, float epsilon, int unit_offset) {
+  const int channels = row.channels;
+  float squares = 0.0f;
+  for (int channel = threadIdx.x * stage_width; channel < channels; channel += blockDim.x * stage_width) {
+    StageChunk chunk = *reinterpret_cast<const StageChunk*>(row.x + channel), second;
+    if (prologue == ADD_NORM || prologue == SILU_MUL) second = *reinterpret_cast<const StageChunk*>(row.other + channel);
+#pragma unroll
+    for (int i = 0; i < stage_width; i++) {
+      float value = to_float(chunk.values[i]);
+      if (prologue == ADD_NORM) value = rounded<Input>(value + to_float(second.values[i]));
+      if (prologue == SILU_MUL) value = rounded<Input>(silu(value)) * to_float(second.values[i]);
+      if (has_norm) squares += value * value;
+      if (prologue == ADD_NORM || prologue == SILU_MUL) chunk.values[i] = from_float<Input>(value);
+    }
+    if (prologue == ADD_NORM && row.writes) *reinterpret_cast<StageChunk*>(row.residual_out + channel) = chunk;
+    if (prologue == SILU_MUL && row.writes && row.row_out) *reinterpret_cast<StageChunk*>(row.row_out + channel) = chunk;
+    *reinterpret_cast<StageChunk*>(staged + channel) = chunk;
+  }
+  if (threadIdx.x == 0) staged[channels] = from_float<Input>(0.0f);
+  if (has_norm) {
+    const float inverse = rsqrtf(sum_over_cta(squares, shared) / (float)channels + epsilon);
+    for (int channel = threadIdx.x * stage_width; channel < channels; channel += blockDim.x * stage_width) {
+      StageChunk chunk = *reinterpret_cast<StageChunk*>(staged + channel), weight = first_weight;
+      if (!weight_ahead || channel >= blockDim.x * stage_width) weight = *reinterpret_cast<const StageChunk*>(row.norm_weight + channel);
+#pragma unroll
+      for (int i = 0; i < stage_width; i++) {
+        float value = to_float(chunk.values[i]) * inverse, scale = to_float(weight.values[i]);
+        // Gemma keeps fp32 up to the product and stores its weights minus one; everybody else rounds in between.
+        value = unit_offset ? value * (1.0f + scale) : rounded<Input>(value) * scale;
+        chunk.values[i] = from_float<Input>(value);
+      }
+      *reinterpret_cast<StageChunk*>(staged + channel) = chunk;
+      if (row.row_out && row.writes) *reinterpret_cast<StageChunk*>(row.row_out + channel) = chunk;
+    }
+  }
+  __syncthreads();
+}
 
 // ------------------------------------------------------------------------------------------------ transform
 

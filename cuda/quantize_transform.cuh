@@ -7,26 +7,37 @@
 // intrinsics: a contraction to FMA would move codes.
 #pragma once
 
-#include "prologue.cuh"
+#include "numbers.cuh"
 
+enum Prologue { PLAIN, NORM, ADD_NORM, SILU_MUL };
 enum Scales { PER_TOKEN, FP16_GROUP, E8M0_GROUP, E4M3_GROUP, TWO_LEVEL, TWO_LEVEL_ASYMMETRIC };
 enum Element { INT4, INT8, E2M1, FLOAT };  // FLOAT is not quantized: fp16 times a power of two
 // How a body code is stored: a signed byte, an e4m3 byte, one with the power of two of its group, half a byte, two bytes.
 enum Container { S8, E4M3, E4M3_SCALED, NIBBLE, F16 };
 
+using Input = INPUT;      // float, fp16 or bf16
 using Index = INDEX;      // of a channel, sign in the top bit: unsigned short or unsigned
+constexpr Prologue prologue = PROLOGUE;
 constexpr Scales scales = SCALES;
 constexpr Element element = ELEMENT;
 constexpr Container container = CONTAINER;
 constexpr bool has_table = TABLE;        // permutation and signs; without it channels keep their order
 constexpr bool has_hadamard = HADAMARD;
+constexpr bool aligned = ALIGNED;        // rows, body and pointers allow 16-byte accesses
 constexpr int group = GROUP;             // channels per scale, 16 ... 128
 constexpr bool adaptive = ADAPTIVE;      // of E4M3_GROUP: the largest value of a group is 6 or 4
 constexpr int channels_per_lane = CHANNELS;
 
+constexpr bool has_norm = prologue == NORM || prologue == ADD_NORM;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool overlaps = false;
+#else
+constexpr bool overlaps = true;  // this kernel may start before the previous one has ended
+#endif
 constexpr int block_channels = 128;
 constexpr int lanes_per_block = block_channels / channels_per_lane;
 constexpr int groups_per_block = block_channels / group;
+constexpr unsigned all_lanes = 0xFFFFFFFFu;
 constexpr Index sign_bit = (Index)(1u << (8 * sizeof(Index) - 1));
 constexpr float grid_high = element == INT4 ? 7.0f : element == INT8 ? 127.0f : 6.0f;
 constexpr float grid_low = element == INT4 ? -8.0f : -grid_high;  // a clipped range reaches beyond -7
@@ -56,6 +67,9 @@ __device__ __forceinline__ int first_channel(int block, const Shape& shape) {
 }
 
 using Values = float[channels_per_lane];
+
+// Within a few units of fp32's last place of the exact value: far inside what rounding to 16 bits leaves of it.
+__device__ __forceinline__ float silu(float gate) { return gate * reciprocal_approximate(1.0f + exp2_approximate(gate * -1.44269504f)); }
 
 // Size of the Hadamard block that a channel of a ragged k-block lies in: the bits of `exist`, largest first. The block is
 // named by the highest bit in which `exist` and the position differ.

@@ -49,11 +49,15 @@ def compressed_tensors_model(checkpoint: Path) -> Any:
     """A compressed-tensors checkpoint through transformers, whose integration simulates the activation quantization.
 
     Weights are unpacked at once: left to itself it does so in the causal model's forward, which `base_model` goes past.
+    Unpacking binds every module to the device that it was loaded on: after a move its forward would still bring the
+    weights and the inputs back there, and compute there. So the binding is removed, and the model follows `to`.
     """
+    from compressed_tensors.offload import remove_dispatch
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
     config = CompressedTensorsConfig(dequantize=True)
-    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto", quantization_config=config)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto", quantization_config=config)
+    return remove_dispatch(model)
 
 
 def tokenizer(job: Job) -> Any:

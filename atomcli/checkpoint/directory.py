@@ -60,6 +60,9 @@ class DirectorySource(Source):
     def _read(self, name: str) -> Tensor:
         return self._shard_of(name).read(name)
 
+    def _read_pinned(self, name: str) -> Tensor:
+        return self._shard_of(name).read(name, pinned=True)
+
     def _shard_of(self, name: str) -> TensorFile:
         if name not in self._where:
             raise self.absent(name)

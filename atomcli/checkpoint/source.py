@@ -59,9 +59,19 @@ class Source(ABC):
     def _read(self, name: str) -> Tensor:
         """The tensor as stored."""
 
-    def read(self, name: str) -> Tensor:
-        """One tensor in `dtype` (integer tensors as stored); InputError naming it when it holds NaN or Inf."""
-        tensor = self._read(name)
+    def _read_pinned(self, name: str) -> Tensor:
+        """The tensor as stored, in pinned memory where that saves a copy."""
+        return self._read(name)
+
+    def read(self, name: str, pinned: bool = False) -> Tensor:
+        """One tensor in `dtype` (integer tensors as stored); InputError naming it when it holds NaN or Inf.
+
+        `pinned` memory is what a GPU copies from beside its work.
+        """
+        tensor = self._checked(self._read_pinned(name) if pinned else self._read(name), name)
+        return tensor.pin_memory() if pinned else tensor
+
+    def _checked(self, tensor: Tensor, name: str) -> Tensor:
         if not tensor.is_floating_point():
             return tensor
         _check_finite(tensor, name, self.path)

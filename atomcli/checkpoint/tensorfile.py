@@ -15,6 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -89,18 +90,29 @@ class TensorFile:
         """SHA-256 (hex) of one tensor's bytes."""
         return hashlib.sha256(self.read_bytes(name)).hexdigest()
 
-    def read(self, name: str) -> Tensor:
-        """One tensor in its stored dtype and shape; the tensor owns its memory."""
+    def read(self, name: str, pinned: bool = False) -> Tensor:
+        """One tensor in its stored dtype and shape; the tensor owns its memory, which a GPU copies from if `pinned`."""
         entry = self.entries[name]
-        if entry.start == entry.end:
+        if (length := entry.end - entry.start) == 0:
             return torch.empty(entry.shape, dtype=entry.dtype)
-        return torch.frombuffer(self.read_bytes(name), dtype=entry.dtype).reshape(entry.shape)
+        # Not a bytearray: that is filled with zeros first, under the interpreter's lock, and all other threads wait.
+        if pinned:
+            raw = torch.empty(length, dtype=torch.uint8, pin_memory=True)
+        else:
+            raw = torch.from_numpy(np.empty(length, np.uint8))
+        _read_into(memoryview(raw.numpy().data), self.path, entry.start, f"tensor {name}")
+        return raw.view(entry.dtype).reshape(entry.shape)
 
 
 def read_range(path: Path, start: int, length: int, what: str) -> bytearray:
     """Bytes [start, start + length) of a file; InputError naming `what` when they can't be had."""
     buffer = bytearray(length)
-    view = memoryview(buffer)
+    _read_into(memoryview(buffer), path, start, what)
+    return buffer
+
+
+def _read_into(view: memoryview, path: Path, start: int, what: str) -> None:
+    length = len(view)
     try:
         with path.open("rb", buffering=0) as file:
             file.seek(start)
@@ -116,7 +128,6 @@ def read_range(path: Path, start: int, length: int, what: str) -> bytearray:
                 filled += count
     except OSError as error:
         raise unreadable(path, error) from error
-    return buffer
 
 
 def _corrupt(path: Path, detail: str) -> InputError:

@@ -90,6 +90,9 @@ class Shallow(Source):
     def _read(self, name: str) -> Tensor:
         return self.whole.read(name)
 
+    def _read_pinned(self, name: str) -> Tensor:
+        return self.whole.read(name, pinned=True)
+
 
 class Stopwatch:
     """A progress that writes down how long each step of each stage took."""

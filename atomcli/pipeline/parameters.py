@@ -45,6 +45,16 @@ class Outcome:
     forced: int | None = None
 
 
+class Unwritten(QuantLinear):
+    """A linear of a block that isn't written yet: its tensors stay where they were made, beside the repacked weight.
+
+    They leave a GPU together when the block is done, through pinned memory and beside the next block's work.
+    """
+
+    def keep_on_host(self) -> None:
+        """Not yet."""
+
+
 def fold(
     tensors: Mapping[str, Tensor],
     walk: Walk,
@@ -190,7 +200,7 @@ def quantize_block(
             _check_finite(quantized, full_name(index, name))
             error = relative_error(weight, quantized.dequantize(), importance if hessian is None else hessian)
             outcomes.append(Outcome(name, error, tokens, forced if target.expert is not None else None))
-            quantize_linear(block, name, QuantLinear.from_weight(quantized, target.layout, linear.bias))
+            quantize_linear(block, name, Unwritten.from_weight(quantized, target.layout, linear.bias))
     return outcomes
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from torch import nn
 
 from atomcli.pipeline.hessians import Target
-from atomcli.pipeline.parameters import Outcome
+from atomcli.pipeline.parameters import Outcome, Unwritten
 from atomcli.pipeline.ranks import Ranks
 from atomcli.runtime.decoder import quantize_linear
-from atomcli.runtime.linear import QuantLinear
 
 
 def share_linears(
@@ -30,9 +29,9 @@ def share_linears(
     return [told[name] for target in targets for name in target.linears]
 
 
-def _empty(linear: nn.Linear, target: Target) -> QuantLinear:
+def _empty(linear: nn.Linear, target: Target) -> Unwritten:
     """The quantized linear that takes the place of `linear`, with room for its tensors."""
-    return QuantLinear(
+    return Unwritten(
         linear.in_features,
         linear.out_features,
         target.scheme,

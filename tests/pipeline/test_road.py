@@ -8,10 +8,12 @@ import torch
 
 import atomcli.pipeline.model as model
 from atomcli.errors import InputError
+from atomcli.formats.scheme import scheme_named
 from atomcli.pipeline.compress import compress
 from atomcli.pipeline.held import begin_copy
 from atomcli.pipeline.journal import Journal
 from atomcli.pipeline.model import start_walk
+from atomcli.pipeline.parameters import Unwritten
 from atomcli.pipeline.stream import Stream
 from tests.pipeline.conftest import small_recipe
 
@@ -81,3 +83,11 @@ def test_the_host_s_own_tensors_are_copied_only_where_they_will_change():
     arrived()
     assert same["x"].data_ptr() == x.data_ptr() != copied["x"].data_ptr()
     assert torch.equal(copied["x"], x)
+
+
+def test_weights_stay_on_the_device_until_their_block_is_written():
+    """Each by itself would leave it through fresh pages, while the device waits."""
+    linear = Unwritten(256, 16, scheme_named("w4a4"), device="meta")
+    linear.keep_on_host()
+    assert linear.device == torch.device("meta")
+    assert all(tensor.is_meta for tensor in linear.state_dict().values())

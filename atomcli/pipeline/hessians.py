@@ -55,11 +55,16 @@ class Hessian:
             return
         if weights is not None:
             x = x * weights.sqrt()[:, None]
-        panel = _PANEL.get(x.device.type, 512)
-        for start in range(0, x.shape[1], panel):
-            end = min(start + panel, x.shape[1])
-            self.total[start:end, :end].addmm_(x[:, start:end].t(), x[:, :end])
+        for panel in self.panels():
+            end = panel.shape[1]
+            panel.addmm_(x[:, end - panel.shape[0] : end].t(), x[:, :end])
         self.tokens += x.shape[0]
+
+    def panels(self) -> list[Tensor]:
+        """The parts of the sum (rows, K') that are computed, which hold its lower triangle."""
+        size, channels = _PANEL.get(self.total.device.type, 512), self.total.shape[0]
+        ends = [min(start + size, channels) for start in range(0, channels, size)]
+        return [self.total[start:end, :end] for start, end in zip([0, *ends], ends, strict=False)]
 
     def mean(self) -> Tensor:
         """The Hessian (K, K), zero when no token was seen."""

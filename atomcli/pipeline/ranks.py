@@ -53,6 +53,11 @@ class Ranks:
         """Whether this process writes the files and speaks for all."""
         return self.rank == 0
 
+    @property
+    def last(self) -> bool:
+        """Whether this process does what the first need not do itself."""
+        return self.rank == self.size - 1
+
     def rounds(self, samples: int) -> list[tuple[range, int]]:
         """For each round of calibration, this process's sequences (or none) and how many processes have some."""
         cut = slots(samples)
@@ -74,11 +79,11 @@ class Ranks:
                 if rank == owner:
                     total.add_(part)
                     continue
-                received = torch.empty_like(part) if received is None else received
+                received = part.new_empty(part.shape) if received is None else received
                 dist.recv(received, rank)
                 total.add_(received)
             elif self.rank == rank:
-                dist.send(part, owner)
+                dist.send(part.contiguous(), owner)
 
     def fold_one(self, total: Tensor, part: Tensor | None, source: int) -> None:
         """Add to `total` of the first process the part that the process `source` has."""

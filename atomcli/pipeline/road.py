@@ -121,7 +121,8 @@ class Road:
         if index == 0:
             self._embed(before)
         tensors = self._ahead.take(index)
-        if self.ranks.first:
+        # While the first process is still at the checkpoint's stream, and at what it writes, of the block before.
+        if self.ranks.last:
             check.advance(
                 walk, build_block(walk.family, walk.config, index, tensors), index, before.parent, after.parent
             )
@@ -155,14 +156,15 @@ class Road:
         def write() -> None:
             before.calibration.settle()
             after.calibration.settle()
+            if ranks.last:
+                after.parent.sync()  # unlike calibration sequences, nothing makes the proof's again
             ranks.arrive(where)
             if not ranks.first:
                 return
             arrived()
             record = write_shard(self.directory, shard_file(index), tensors)
             tensors.clear()
-            for stream in (after.parent, after.checkpoint):  # unlike calibration sequences, nothing makes them again
-                stream.sync()
+            after.checkpoint.sync()
             ranks.await_all(where)
             if self.walk.source.fingerprint() != journal.identity["model"]:
                 raise InputError(
@@ -229,7 +231,9 @@ class Road:
                 for _ in run(stream.part(rows), self._at_once, look, routing.again):
                     pass
                 for part, whole, owner in zip(parts, wholes, owned, strict=True):
-                    ranks.fold(None if whole is None else whole.total, part.total, owner, active)
+                    totals = part.panels() if whole is None else whole.panels()
+                    for total, panel in zip(totals, part.panels(), strict=True):
+                        ranks.fold(None if whole is None else total, panel, owner, active)
                     part.total.zero_()
         counts = ranks.reduce(torch.tensor([[part.tokens, part.forced] for part in parts])).tolist()
         for whole, (tokens, of_them_forced) in zip(wholes, counts, strict=True):
@@ -255,8 +259,8 @@ class Road:
         proof = check.check_tokens(self.tokens)
         if self.with_hessians:
             self._embed_calibration(streams)
-        if self.ranks.first:
-            for stream in (streams.parent, streams.checkpoint):
+        for stream, writes in ((streams.parent, self.ranks.last), (streams.checkpoint, self.ranks.first)):
+            if writes:
                 write_embedded(self.walk, proof, stream, [range(proof.shape[0])])
 
     def _embed_calibration(self, streams: Streams) -> None:

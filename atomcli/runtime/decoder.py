@@ -25,6 +25,7 @@ from atomcli.runtime import saved
 from atomcli.runtime.attention import Attention
 from atomcli.runtime.experts import Experts
 from atomcli.runtime.linear import QuantLinear, keep_dequantized_weights, share_inputs
+from atomcli.runtime.wide import widen
 
 FLOAT_CACHE = KVFormat("float")
 
@@ -62,6 +63,7 @@ def adapt_block(layer: Any, kv: KVFormat) -> nn.Module:
     fused = getattr(layer.mlp, "experts", None)
     if fused is not None:
         layer.mlp.experts = Experts.replacing(fused)
+    widen(layer)
     return layer.eval()
 
 
@@ -112,6 +114,7 @@ def empty_model(family: Family, config: PreTrainedConfig) -> PreTrainedModel:
     model = _made(family, "ForCausalLM", config)
     model.model.layers = nn.ModuleList()
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    widen(model)
     return model.eval()
 
 
@@ -182,6 +185,7 @@ def quantize_skeleton(model: PreTrainedModel, plan: saved.Plan, dtype: torch.dty
             f"Atom's attention runs on torch's SDPA, not on attn_implementation={model.config._attn_implementation!r}",
             "Leave attn_implementation out.",
         )
+    widen(model)
     for index, layer in enumerate(model.model.layers):
         adapt_block(layer, plan.cache_of(index))
     for name, entry in plan.linears.items():

@@ -291,7 +291,7 @@ class _Collector:
         """Inputs (n, channels) of one expert, or of the only linears there are (expert 0)."""
         x = x.float()
         energy = x.square().sum(dim=0, dtype=torch.float64)
-        low, high = torch.aminmax(x, dim=0)
+        low, high = x.amin(dim=0), x.amax(dim=0)  # torch.aminmax is ten times slower along the rows of a CPU
         self._part += energy
         torch.minimum(self.minimum, low, out=self.minimum)
         torch.maximum(self.maximum, high, out=self.maximum)

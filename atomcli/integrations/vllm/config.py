@@ -163,12 +163,13 @@ def check_ranks(plan: Plan, ranks: int) -> None:
         kind = name.rpartition(".")[2]
         if ".experts." in name or kind in ("k_proj", "v_proj"):
             continue  # whole experts are dealt to the ranks; key and value heads are repeated where they are too few
-        side = "in_features" if kind in ("o_proj", "down_proj") else "out_features"
-        if entry[side] % ranks:
-            raise UnsupportedError(
-                f"{name} has {entry[side]} {side}, which --tensor-parallel-size {ranks} doesn't divide",
-                "Use a size that divides it",
-            )
+        sides = ("in_features", "out_features") if kind in ("o_proj", "down_proj") else ("out_features",)
+        for side in sides:
+            if entry[side] % ranks:
+                raise UnsupportedError(
+                    f"{name} has {entry[side]} {side}, which --tensor-parallel-size {ranks} doesn't divide",
+                    "Use a size that divides it",
+                )
 
 
 def check_kernels(plan: Plan, dtype: torch.dtype) -> None:

@@ -72,6 +72,13 @@ def test_ranks_that_divide_nothing() -> None:
         check_ranks(plan(columns=250), 4)
 
 
+@pytest.mark.parametrize("kind", ["self_attn.o_proj", "mlp.down_proj"])
+def test_ranks_that_do_not_divide_the_output_of_o_and_down(kind: str) -> None:
+    linears = {f"model.layers.0.{kind}": {"scheme": "w4a8", "in_features": 256, "out_features": 90}}
+    with pytest.raises(UnsupportedError, match=rf"{kind} has 90 out_features, which --tensor-parallel-size 4"):
+        check_ranks(Plan({"w4a8": SCHEMES["w4a8"]}, linears, KVFormat("int4")), 4)
+
+
 def test_a_card_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "choose", lambda *arguments: dispatch.Choice(None, "it is a toaster"))
     with pytest.raises(UnsupportedError, match=r"No kernel serves model.layers.0.self_attn.q_proj .* it is a toaster"):

@@ -113,7 +113,7 @@ def test_rules_keep_and_mix_schemes(parent, tokens, tmp_path):
     assert schemes["model.layers.0.self_attn.o_proj"] == "w8a8"
     assert "model.layers.0.mlp.up_proj" in report["kept"]
     model = load_checkpoint(tmp_path / "out")
-    assert type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear
+    assert isinstance(model.model.layers[0].mlp.up_proj, torch.nn.Linear)
 
 
 @pytest.mark.parametrize(

@@ -185,9 +185,9 @@ def quantize_skeleton(model: PreTrainedModel, plan: saved.Plan, dtype: torch.dty
             f"Atom's attention runs on torch's SDPA, not on attn_implementation={model.config._attn_implementation!r}",
             "Leave attn_implementation out.",
         )
-    widen(model)
     for index, layer in enumerate(model.model.layers):
         adapt_block(layer, plan.cache_of(index))
+    widen(model)  # the head of one that transformers made
     for name, entry in plan.linears.items():
         try:
             linear = model.get_submodule(name)

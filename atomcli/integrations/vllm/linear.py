@@ -128,7 +128,7 @@ class AtomLinearMethod(LinearMethodBase):
             run(torch.zeros(tokens, columns, dtype=self.config.dtype, device=layer.atom_handle.device))
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x (..., in_features of the rank) -> (..., out_features of the rank)."""
+        """x (..., in_features of the rank) -> (..., out_features of the rank); of o and down all of them."""
         y: Tensor = torch.ops.atom.served_linear(x, layer.atom_handle, layer.atom_out_features)
         return y
 

@@ -1,9 +1,9 @@
 """Tensor parallelism: which part of a linear's tensors one rank holds. Plain torch, no vLLM.
 
-A rank holds rows, of every linear. Codes, scales and outliers are cut alike, no group is cut, and each output is summed
-where one rank would sum it: what the kernels add up as integers is the same number, and so is every token. Of o and
-down, whose input comes in parts, the ranks gather it, quantize all of it and gather what their rows give. vLLM would
-give a rank input channels instead and add up over the ranks: rounded parts of a sum are another sum.
+A rank holds rows, of every quantized linear outside of experts. Codes, scales and outliers are cut alike, no group is
+cut, and each output is summed where one rank would sum it: what the kernels add up as integers is the same number. Of
+o and down, whose input comes in parts, the ranks gather it, quantize all of it and gather what their rows give. vLLM
+would give a rank input channels instead and add up over the ranks: rounded parts of a sum are another sum.
 """
 
 from torch import Tensor

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 # Bytes of a tensor that costs next to nothing to read.
 _SMALL = 1 << 17
-# Tensors that are read at once. One thread, for which every tensor takes fresh pages, reads about 1 GB a second (x86):
-# half a second for a block that two GPUs calibrate in as much. A CPU has other work for its cores.
+# Tensors that are read at once, so that a block is there before two GPUs are done with the last one. A CPU has other
+# work for its cores.
 _READERS = {"cpu": 1, "cuda": 4}
 
 

@@ -54,10 +54,11 @@ def test_rows_of_a_server(stand_in: Path, tmp_path: Path) -> None:
 
 def test_a_run_ends_when_its_time_is_up(stand_in: Path, tmp_path: Path) -> None:
     systems = [Served("one", str(stand_in), ("--max-num-seqs", "2"))]
-    (row,) = bench_engine(systems, [None], Setting([Request(1, 30)] * 40, "mine", logs=tmp_path, seconds=2.0))
+    # Two at a time, at least 10 ms a token: all would take six seconds, and on a busy machine one is still done in two.
+    (row,) = bench_engine(systems, [None], Setting([Request(1, 3)] * 400, "mine", logs=tmp_path, seconds=2.0))
     value = {name: measure.median for name, measure in row.measures.items() if measure is not None}
-    assert 0 < value["requests"] * 2.0 < 20  # all would take six seconds
-    assert 0 < value["output tokens"] < 200  # two at a time, at least 10 ms a token
+    assert 0 < value["requests"] * 2.0 < 200
+    assert 0 < value["output tokens"] < 200
 
 
 def test_time_in_which_nothing_is_answered(stand_in: Path, tmp_path: Path) -> None:

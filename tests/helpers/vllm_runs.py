@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import traceback
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +34,6 @@ MARK = "vllm_runs: "
 def run(jobs: list[dict[str, Any]], directory: Path) -> list[dict[str, Any]]:
     """The jobs' results: {"tokens": [...], "logprobs": [...]} of each prompt, or {"error": what an engine said}.
 
-    Also {"modules": how many of each class the model of the first rank has}.
-
     A job: {"model": directory, "prompts": lists of ids, "tokens": how many to generate, "options": vLLM's}.
     """
     # Engines of one rank can follow each other in a process; those of several can't.
@@ -63,17 +60,12 @@ def _generate(job: dict[str, Any]) -> dict[str, Any]:
         output.outputs[0] for output in engine.generate([{"prompt_token_ids": p} for p in job["prompts"]], sampling)
     ]
     return {
-        "modules": engine.apply_model(_modules)[0],
         "tokens": [list(output.token_ids) for output in outputs],
         "logprobs": [
             [at[token].logprob for token, at in zip(output.token_ids, output.logprobs, strict=True)]
             for output in outputs
         ],
     }
-
-
-def _modules(model: Any) -> dict[str, int]:
-    return dict(Counter(type(module).__name__ for module in model.modules()))
 
 
 def main() -> None:

@@ -15,7 +15,6 @@ from atomcli.errors import UnsupportedError
 from atomcli.formats.scheme import Scheme
 from atomcli.integrations.vllm.attention import AtomCacheMethod
 from atomcli.integrations.vllm.experts import AtomExpertsMethod
-from atomcli.integrations.vllm.fusion import Holders
 from atomcli.integrations.vllm.linear import AtomLinearMethod
 from atomcli.kernels import dispatch
 from atomcli.runtime.decoder import KEEP_DEQUANTIZED_BYTES
@@ -42,7 +41,6 @@ class AtomConfig(QuantizationConfig):
         self.dtype = torch.bfloat16
         self.most_tokens = 1  # of a batch
         self.loaded_shapes: set[tuple[Any, ...]] = set()
-        self.holders: Holders  # of the process that builds the model
         self._renamed: dict[str, str] = {}
         self._checked = False
         self._kept_bytes = 0
@@ -128,7 +126,6 @@ class AtomConfig(QuantizationConfig):
         check_ranks(self.plan, vllm.parallel_config.tensor_parallel_size)
         if vllm.device_config.device_type == "cuda":
             check_kernels(self.plan, self.dtype)
-        self.holders = Holders()
         self._checked = True
 
 

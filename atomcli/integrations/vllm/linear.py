@@ -25,7 +25,6 @@ from vllm.model_executor.utils import set_weight_attrs
 from atomcli.errors import InputError, UnsupportedError
 from atomcli.integrations.vllm import operators
 from atomcli.integrations.vllm.dummy import fill
-from atomcli.integrations.vllm.fusion import fuse_activation, fuse_norm
 from atomcli.integrations.vllm.sharding import tensor_part
 from atomcli.kernels import tune
 from atomcli.runtime.linear import QuantLinear
@@ -112,40 +111,24 @@ class AtomLinearMethod(LinearMethodBase):
                 size = 4 * shard.module.in_features * shard.module.out_features
                 shard.module.keep_dequantized = self.config.has_room(size)
         biased = self._take_bias(layer, shards)
-        projection = Projection([shard.module for shard in shards], self.config.dtype, biased)
+        run = Projection([shard.module for shard in shards], self.config.dtype, biased).plain
         del layer.atom_shards
-        self.config.holders.rest()
-        normed = fuse_norm(self.config.holders, layer, projection)
-        gated = None if normed or gathers(layer) else fuse_activation(self.config.holders, layer, projection)
-        layer.atom_runs_before = normed is not None
-        run = normed or gated or projection.plain
         operators.serve(layer.atom_handle, gathered(run) if gathers(layer) else run)
         if layer.atom_handle.is_cuda:
-            width = layer.atom_in_features
-            inputs = [[width], [width, width]] if normed else [[2 * width]] if gated else [[width]]
-            self._load_kernels(run, layer, inputs)
+            self._load_kernels(run, layer)
 
-    def _load_kernels(self, run: Callable[..., Any], layer: Any, inputs: Sequence[Sequence[int]]) -> None:
-        """Compile and load what this shape of layer may ever launch: a request must not wait for a compiler.
-
-        `inputs`: how wide the rows are that it is called with, for each way to call it.
-        """
-        key = (*map(tuple, inputs), layer.atom_out_features, *map(self.config.scheme, self.names))
+    def _load_kernels(self, run: Callable[[Tensor], Tensor], layer: Any) -> None:
+        """Compile and load what this shape of layer may ever launch: a request must not wait for a compiler."""
+        columns, most = layer.atom_in_features, self.config.most_tokens
+        key = (columns, layer.atom_out_features, *map(self.config.scheme, self.names))
         if key in self.config.loaded_shapes:
             return
         self.config.loaded_shapes.add(key)
-        for tokens in {1, *(min(bucket, self.config.most_tokens) for bucket in tune.BUCKETS)}:
-            zeros = partial(torch.zeros, dtype=self.config.dtype, device=layer.atom_handle.device)
-            for widths in inputs:
-                run(*(zeros(tokens, width) for width in widths))
+        for tokens in {1, *(min(bucket, most) for bucket in tune.BUCKETS)}:
+            run(torch.zeros(tokens, columns, dtype=self.config.dtype, device=layer.atom_handle.device))
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x (..., in_features of the rank) -> (..., out_features of the rank); of o and down all of them.
-
-        Where the block's norm has run the product, x is the output already.
-        """
-        if layer.atom_runs_before:
-            return x
+        """x (..., in_features of the rank) -> (..., out_features of the rank); of o and down all of them."""
         y: Tensor = torch.ops.atom.served_linear(x, layer.atom_handle, layer.atom_out_features)
         return y
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_SERVED: dict[int, Callable[..., Any]] = {}
+_SERVED: dict[int, Callable[..., Tensor]] = {}
 
 
 def handle() -> Tensor:
@@ -18,25 +18,17 @@ def handle() -> Tensor:
     return torch.zeros(1, dtype=torch.int8)
 
 
-def serve(handle: Tensor, run: Callable[..., Any]) -> None:
+def serve(handle: Tensor, run: Callable[..., Tensor]) -> None:
     """Let the operators call `run` for this handle."""
     _SERVED[handle.data_ptr()] = run
 
 
 def _linear(x: Tensor, handle: Tensor, out_features: int) -> Tensor:
-    y: Tensor = _SERVED[handle.data_ptr()](x.reshape(-1, x.shape[-1]))
-    return y.reshape(*x.shape[:-1], out_features)
-
-
-def _normed(x: Tensor, residual: Tensor, handle: Tensor, out_features: int) -> tuple[Tensor, Tensor]:
-    rows = (-1, x.shape[-1])
-    y, total = _SERVED[handle.data_ptr()](x.reshape(rows), residual.reshape(rows))
-    return y.reshape(*x.shape[:-1], out_features), total.reshape(x.shape)
+    return _SERVED[handle.data_ptr()](x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], out_features)
 
 
 def _experts(x: Tensor, chosen: Tensor, weights: Tensor, handle: Tensor) -> Tensor:
-    y: Tensor = _SERVED[handle.data_ptr()](x, chosen, weights)
-    return y
+    return _SERVED[handle.data_ptr()](x, chosen, weights)
 
 
 def _linear_shape(x: Any, handle: Any, out_features: Any) -> Any:
@@ -46,11 +38,6 @@ def _linear_shape(x: Any, handle: Any, out_features: Any) -> Any:
 _library = torch.library.Library("atom", "FRAGMENT")
 for _schema, _run, _shape in (
     ("served_linear(Tensor x, Tensor handle, SymInt out_features) -> Tensor", _linear, _linear_shape),
-    (
-        "served_normed(Tensor x, Tensor residual, Tensor handle, SymInt out_features) -> (Tensor, Tensor)",
-        _normed,
-        lambda x, residual, *rest: (_linear_shape(x, *rest), torch.empty_like(x)),
-    ),
     (
         "served_experts(Tensor x, Tensor chosen, Tensor weights, Tensor handle) -> Tensor",
         _experts,

@@ -126,16 +126,6 @@ def test_logprobs_are_our_runtimes(
     assert differences[-1] < 0.4
 
 
-@pytest.mark.parametrize(("name", "norms", "activations"), [("llama", 4, 2), ("qwen2", 4, 2), ("mixtral", 2, 0)])
-def test_what_comes_before_a_product_runs_in_it(
-    name: str, norms: int, activations: int, served: dict[str, dict[str, Any]]
-) -> None:
-    modules = served[name]["modules"]  # of two blocks; a mixture's second norm is read by its router as well
-    assert modules.get("Normed", 0) == norms
-    assert modules["RMSNorm"] == 5 - norms
-    assert modules.get("Identity", 0) == activations
-
-
 def test_two_ranks_say_what_one_says(
     checkpoints: dict[str, Path], served: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:

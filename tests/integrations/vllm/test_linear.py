@@ -14,22 +14,20 @@ from atomcli.integrations.vllm.linear import AtomLinearMethod
 from atomcli.kernels import tune
 
 
-def seen_when_loading(most_tokens: int, layers: list[tuple[int, int, str]], ways: int = 1) -> list[tuple[int, ...]]:
-    """Shapes of the inputs on which layers of (in_features, out_features, scheme) ran.
-
-    In the last of so many ways to call a layer it takes that many tensors.
-    """
+def seen_when_loading(most_tokens: int, layers: list[tuple[int, int, str]]) -> list[tuple[int, int]]:
+    """Shapes of the inputs on which layers of (in_features, out_features, scheme) ran."""
     config: Any = SimpleNamespace(most_tokens=most_tokens, loaded_shapes=set(), dtype=torch.bfloat16)
     config.scheme = SCHEMES.get
-    inputs: list[tuple[int, ...]] = []
+    inputs: list[tuple[int, int]] = []
 
-    def run(*given: Tensor) -> None:
-        assert all(x.dtype == torch.bfloat16 for x in given)
-        inputs.append((given[0].shape[0], *(x.shape[1] for x in given)))
+    def run(x: Tensor) -> Tensor:
+        assert x.dtype == torch.bfloat16
+        inputs.append((x.shape[0], x.shape[1]))
+        return x
 
     for columns, rows, scheme in layers:
-        layer = SimpleNamespace(atom_out_features=rows, atom_handle=torch.zeros(1))
-        AtomLinearMethod(config, [scheme])._load_kernels(run, layer, [[columns] * way for way in range(1, ways + 1)])
+        layer = SimpleNamespace(atom_in_features=columns, atom_out_features=rows, atom_handle=torch.zeros(1))
+        AtomLinearMethod(config, [scheme])._load_kernels(run, layer)
     return inputs
 
 
@@ -42,8 +40,3 @@ def test_every_bucket_of_tokens_runs_once_per_shape_and_scheme() -> None:
 def test_no_batch_is_larger_than_the_engines() -> None:
     inputs = seen_when_loading(100, [(64, 32, "w4a8")])
     assert {tokens for tokens, _ in inputs} == {1, 100} | {bucket for bucket in tune.BUCKETS if bucket < 100}
-
-
-def test_every_way_to_call_a_layer_runs() -> None:
-    inputs = seen_when_loading(1, [(64, 32, "w4a8")], ways=2)
-    assert inputs == [(1, 64), (1, 64, 64)]

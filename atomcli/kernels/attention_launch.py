@@ -1,11 +1,13 @@
 """How the attention kernels are run: what is compiled in, grids, shared memory, and room for partial results."""
 
+import functools
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from atomcli.kernels import compiler
+from atomcli.kernels.compiler import Defines
 from atomcli.kernels.pages import PageFormat
 from atomcli.kernels.workspace import workspace
 
@@ -50,7 +52,7 @@ class Launchable(Protocol):
 class Loader(Protocol):
     """Finds a compiled kernel."""
 
-    def __call__(self, name: str, defines: dict[str, int | str], shared_bytes: int) -> Launchable: ...
+    def __call__(self, name: str, defines: Defines, shared_bytes: int) -> Launchable: ...
 
 
 def why_not(fmt: PageFormat, dtype: torch.dtype, keys_rotated: bool = True, group: int = 1) -> str | None:
@@ -69,6 +71,18 @@ def why_not(fmt: PageFormat, dtype: torch.dtype, keys_rotated: bool = True, grou
 # ----------------------------------------------------------------------------------------------- decode
 
 
+class BiasKind(NamedTuple):
+    """What a kernel is compiled with: whether keys have a bias, and then whether they are in the Hadamard basis."""
+
+    key: bool
+    hadamard: bool
+
+    @property
+    def defines(self) -> dict[str, int | str]:
+        """What the kernels are compiled with."""
+        return {"KEY_BIAS": int(self.key), "HADAMARD": int(self.hadamard)}
+
+
 class Biases(NamedTuple):
     """Projection biases that the cache was filled without, fp32 (kv_heads, head_dim), and what rotates the keys'.
 
@@ -82,9 +96,9 @@ class Biases(NamedTuple):
     hadamard: bool = False
 
     @property
-    def defines(self) -> dict[str, int | str]:
-        """What the kernels are compiled with."""
-        return {"KEY_BIAS": int(self.key is not None), "HADAMARD": int(self.key is not None and self.hadamard)}
+    def kind(self) -> BiasKind:
+        """What of them is compiled in."""
+        return BiasKind(self.key is not None, self.key is not None and self.hadamard)
 
     def arguments(self) -> tuple[Tensor | int | None, ...]:
         """The kernels' arguments."""
@@ -113,7 +127,7 @@ class Appended(NamedTuple):
 class DecodePlan(NamedTuple):
     """One compiled decode kernel: its defines, query heads of a block, shared memory, blocks that fit an SM."""
 
-    defines: dict[str, int | str]
+    defines: Defines
     columns: int
     shared_bytes: int
     blocks_per_processor: int
@@ -141,12 +155,29 @@ def plan_decode(
     A warp's chunk is 32 tokens of short rows, 16 of long ones. The ring has as many stages as keep IN_FLIGHT bytes on
     their way to an SM, if they fit. The `cluster` parts of a sequence have an inbox each for each other's sums.
     """
-    columns, blocks = _decode_block(fmt, group, biases.key is not None)
+    appends = None if appended is None else appended.hadamard
+    return _plan_decode(fmt, dtype, group, shared_limit, biases.kind, cluster, settled, chunk, appends)
+
+
+@functools.cache
+def _plan_decode(
+    fmt: PageFormat,
+    dtype: torch.dtype,
+    group: int,
+    shared_limit: int,
+    biases: BiasKind,
+    cluster: int,
+    settled: bool,
+    chunk: int | None,
+    appends: bool | None,
+) -> DecodePlan:
+    """The plan; `appends`: whether a newest token is rotated into the Hadamard basis, None where there is none."""
+    columns, blocks = _decode_block(fmt, group, biases.key)
     chunk = chunk or (32 if fmt.code_bytes <= 64 else 16)
     queries = columns * fmt.head_dim * 2
-    if biases.key is not None:
+    if biases.key:
         queries += 2 * fmt.head_dim * ((2 + WARPS) * columns + chunk)
-    if appended is not None:
+    if appends is not None:
         queries += -(-fmt.bytes_per_token // 128) * 128
     stage = WARPS * chunk * fmt.bytes_per_token
     stages = 1 + -(-IN_FLIGHT // (blocks * stage))
@@ -167,12 +198,12 @@ def plan_decode(
         "CLUSTER": cluster,
         "INBOX": shared,
         "SETTLED": int(settled),
-        "APPENDS": int(appended is not None),
+        "APPENDS": int(appends is not None),
         **biases.defines,
     }
-    if appended is not None:
-        defines["HADAMARD"] = int(appended.hadamard)
-    return DecodePlan(defines, columns, shared + (columns + cluster - 1) * record * (cluster > 1), blocks)
+    if appends is not None:
+        defines["HADAMARD"] = int(appends)
+    return DecodePlan(Defines(defines), columns, shared + (columns + cluster - 1) * record * (cluster > 1), blocks)
 
 
 class Parts(NamedTuple):
@@ -249,19 +280,24 @@ def in_cluster(batch: int, blocks: int, tokens: int) -> dict[str, Any]:
 class PrefillPlan(NamedTuple):
     """One compiled prefill kernel: its defines, columns of a block (a query of a token is one), shared memory."""
 
-    defines: dict[str, int | str]
+    defines: Defines
     columns: int
     shared_bytes: int
 
 
 def plan_prefill(fmt: PageFormat, dtype: torch.dtype, shared_limit: int, biases: Biases = NO_BIASES) -> PrefillPlan:
     """The kernel whose warps have as many columns as their registers hold the sums of, over a ring of chunks."""
-    tiles = 1 if fmt.head_dim > 128 else 2 if biases.key is not None else 3 if fmt.element == "bf16" else 4
+    return _plan_prefill(fmt, dtype, shared_limit, biases.kind)
+
+
+@functools.cache
+def _plan_prefill(fmt: PageFormat, dtype: torch.dtype, shared_limit: int, biases: BiasKind) -> PrefillPlan:
+    tiles = 1 if fmt.head_dim > 128 else 2 if biases.key else 3 if fmt.element == "bf16" else 4
     chunk = 64 if fmt.code_bytes <= 64 else 32 if fmt.code_bytes <= 256 else 16
     columns, stages = WARPS * 8 * tiles, 3
 
     def shared() -> int:
-        bias = 0 if biases.key is None else 2 * fmt.head_dim * (3 * columns + chunk)
+        bias = 2 * fmt.head_dim * (3 * columns + chunk) if biases.key else 0
         return columns * (fmt.head_dim * 2 + 8) + bias + stages * chunk * fmt.bytes_per_token
 
     while shared() > shared_limit:
@@ -278,7 +314,7 @@ def plan_prefill(fmt: PageFormat, dtype: torch.dtype, shared_limit: int, biases:
         "BLOCKS_PER_SM": 2,
         **biases.defines,
     }
-    return PrefillPlan(defines, columns, shared())
+    return PrefillPlan(Defines(defines), columns, shared())
 
 
 def launch_prefill(
@@ -301,9 +337,10 @@ def launch_prefill(
 # ----------------------------------------------------------------------------------------------- append
 
 
-def append_defines(fmt: PageFormat, dtype: torch.dtype, hadamard: bool, rotate_keys: bool) -> dict[str, int | str]:
+@functools.cache
+def append_defines(fmt: PageFormat, dtype: torch.dtype, hadamard: bool, rotate_keys: bool) -> Defines:
     """What is compiled into the append kernel."""
-    return {
+    defines: dict[str, int | str] = {
         "ELEMENT": fmt.element.upper(),
         "HEAD_DIM": fmt.head_dim,
         "PAGE": fmt.page,
@@ -312,6 +349,7 @@ def append_defines(fmt: PageFormat, dtype: torch.dtype, hadamard: bool, rotate_k
         "ROTATE_KEYS": int(rotate_keys),
         "WARPS": WARPS,
     }
+    return Defines(defines)
 
 
 def launch_append(
@@ -352,7 +390,7 @@ def scratch(device: torch.device, floats: int, arrivals: int) -> tuple[Tensor, T
 def load_on(device: torch.device) -> Loader:
     """Kernels of a card."""
 
-    def load(name: str, defines: dict[str, int | str], shared_bytes: int) -> Launchable:
+    def load(name: str, defines: Defines, shared_bytes: int) -> Launchable:
         return compiler.load_kernel(f"{name}.cu", name, device, defines, shared_bytes)
 
     return load

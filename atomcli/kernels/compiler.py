@@ -13,7 +13,8 @@ import os
 import re
 import struct
 import tempfile
-from collections.abc import Mapping
+import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ def cache_directory() -> Path:
     return Path(os.environ.get("ATOM_CACHE") or Path.home() / ".cache" / "atom") / "kernels"
 
 
+@functools.cache
 def architecture(device: torch.device) -> str:
     """The compilation target of a card: "90a" for an H100. The suffix gives instructions of just that generation."""
     major, minor = torch.cuda.get_device_capability(device)
@@ -177,7 +179,7 @@ class _LaunchConfig(ctypes.Structure):  # CUlaunchConfig of cuda.h
 
 PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-OVERLAP = _LaunchAttribute(id=PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
+OVERLAP = ctypes.pointer(_LaunchAttribute(id=PROGRAMMATIC_STREAM_SERIALIZATION, value=1))
 
 
 @functools.cache
@@ -197,7 +199,7 @@ class Kernel:
         self.device, self.entry = device, entry
         self.shared_bytes = shared_bytes
         with torch.cuda.device(device):
-            torch.cuda.current_stream()  # makes torch's context the current one
+            self.device_index = torch.cuda.current_stream().device_index  # asking makes torch's context the current one
             self.module = function.Module()
             self.module.load(program.cubin)
             self.handle = ctypes.c_void_p(self.module.get_function(entry).ptr)
@@ -216,18 +218,13 @@ class Kernel:
         `overlap`: programmatic dependent launch; the kernel may start while its predecessor in the stream still
         runs, and must itself wait (griddepcontrol.wait) before it touches what the predecessor writes.
         """
-        pointers, values = _packed(arguments)
         x, y, z = (grid, 1, 1) if isinstance(grid, int) else (*grid, 1, 1)[:3]
-        config = _LaunchConfig(
-            (x, y, z),
-            (block, 1, 1),
-            self.shared_bytes,
-            torch.cuda.current_stream(self.device).cuda_stream,
-            ctypes.pointer(OVERLAP) if overlap else None,
-            int(overlap),
-        )
+        config = _own.config
+        config.grid, config.block = (x, y, z), (block, 1, 1)
+        config.shared_bytes, config.stream = self.shared_bytes, torch._C._cuda_getCurrentRawStream(self.device_index)
+        config.attributes, config.attribute_count = (OVERLAP, 1) if overlap else (None, 0)
+        pointers = _own.packed(arguments)
         status = cuda_driver().cuLaunchKernelEx(ctypes.byref(config), self.handle, pointers, None)
-        del values  # which the pointers point to
         if status:
             raise RunError(
                 f"{self.entry}: the driver refused the launch of {x}x{y}x{z} blocks of {block} threads with "
@@ -235,24 +232,57 @@ class Kernel:
             )
 
 
-def _packed(arguments: tuple[torch.Tensor | int | float | None, ...]) -> tuple[ctypes.Array, ctypes.Array]:
-    """Where the driver finds each argument, and the bytes that it finds there: the second must outlive the launch."""
-    layout, places = _layout(tuple(map(type, arguments)))
-    numbers = [
-        value if isinstance(value, int | float) else 0 if value is None else value.data_ptr() for value in arguments
-    ]
-    values = (ctypes.c_char * layout.size)()
-    layout.pack_into(values, 0, *numbers)
-    start = ctypes.addressof(values)
-    return (ctypes.c_void_p * len(places))(*[start + place for place in places]), values
+class _Arguments:
+    """Room for arguments of some types: the bytes that a launch passes on, and where the driver finds each."""
+
+    def __init__(self, kinds: tuple[type, ...]) -> None:
+        codes = ["i" if issubclass(kind, int) else "f" if issubclass(kind, float) else "P" for kind in kinds]
+        self._struct = struct.Struct("".join(codes))
+        self._tensors = [place for place, kind in enumerate(kinds) if issubclass(kind, torch.Tensor)]
+        self._missing = [place for place, kind in enumerate(kinds) if kind is type(None)]
+        self._values = (ctypes.c_char * self._struct.size)()
+        ends = [struct.calcsize("".join(codes[: count + 1])) for count in range(len(codes))]
+        begins = [end - struct.calcsize(code) for end, code in zip(ends, codes, strict=True)]
+        start = ctypes.addressof(self._values)
+        self._pointers = (ctypes.c_void_p * len(codes))(*[start + begin for begin in begins])
+
+    def pack(self, arguments: Sequence[torch.Tensor | int | float | None]) -> ctypes.Array:
+        """Where the driver finds each of these arguments, until the next are packed."""
+        numbers: list[Any] = list(arguments)
+        for place in self._tensors:
+            numbers[place] = numbers[place].data_ptr()
+        for place in self._missing:
+            numbers[place] = 0
+        self._struct.pack_into(self._values, 0, *numbers)
+        return self._pointers
 
 
-@functools.cache
-def _layout(kinds: tuple[type, ...]) -> tuple[struct.Struct, tuple[int, ...]]:
-    """How arguments of these types lie in memory, and where each begins: a launch has no time to work it out."""
-    codes = ["i" if issubclass(kind, int) else "f" if issubclass(kind, float) else "P" for kind in kinds]
-    places = tuple(struct.calcsize("".join(codes[: n + 1])) - struct.calcsize(code) for n, code in enumerate(codes))
-    return struct.Struct("".join(codes)), places
+class _Own(threading.local):
+    """What a thread passes to the driver, made once: a launch has copied it when it returns, and can't wait for it."""
+
+    def __init__(self) -> None:
+        self.config = _LaunchConfig()
+        self._arguments: dict[tuple[type, ...], _Arguments] = {}
+
+    def packed(self, arguments: Sequence[torch.Tensor | int | float | None]) -> ctypes.Array:
+        """Where the driver finds each argument."""
+        kinds = tuple(map(type, arguments))
+        room = self._arguments.get(kinds)
+        if room is None:
+            room = self._arguments[kinds] = _Arguments(kinds)
+        return room.pack(arguments)
+
+
+_own = _Own()
+
+
+class Defines(dict[str, int | str]):
+    """What a source is compiled with, never changed once made: a launch looks its kernel up by it."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        if not hasattr(self, "_hash"):
+            self._hash = hash(tuple(sorted(self.items())))
+        return self._hash
 
 
 _loaded: dict[tuple, Kernel] = {}
@@ -262,7 +292,8 @@ def load_kernel(
     file: str, entry: str, device: torch.device, defines: Mapping[str, int | str] | None = None, shared_bytes: int = 0
 ) -> Kernel:
     """The kernel `entry` of `cuda/<file>` on `device`, compiled and loaded on first use."""
-    key = (file, entry, device.index, tuple(sorted((defines or {}).items())), shared_bytes)
+    defines = defines if isinstance(defines, Defines) else Defines(defines or {})
+    key = (file, entry, device.index, defines, shared_bytes)
     if key not in _loaded:
         _loaded[key] = Kernel(compile_source(file, architecture(device), defines), entry, shared_bytes, device)
     return _loaded[key]

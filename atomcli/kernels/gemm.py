@@ -4,6 +4,8 @@ cuda/gemm_sm90a.cuh computes it; which tile it takes is chosen in kernels/tune.p
 that torch.compile and CUDA graphs can hold it. The experts of a mixture are one product too, on a stack of weights.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -43,7 +45,9 @@ def _call(
     tokens: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    y: Tensor = torch.ops.atom.gemm(
+    # torch.compile is to see one node; a launch does without torch's dispatch.
+    run = _gemm if operand.codes.is_cuda and not torch.compiler.is_compiling() else torch.ops.atom.gemm
+    y: Tensor = run(
         operand.codes, operand.token_scale, operand.outlier_scale, weight.body, weight.outliers, weight.row_scale,
         weight.outlier_row_scale, bias, expert_starts, weight.kind, weight.shape[0], tokens, dtype,
     )  # fmt: skip
@@ -68,12 +72,17 @@ def launch(
     With `expert_starts` (experts + 1,) the weight is a stack: tokens starts[e] ... starts[e + 1] - 1 take expert e.
     """
     experts = 0 if expert_starts is None else expert_starts.numel() - 1
-    defines, shared_bytes = tile.defines(output.dtype, experts), tile.shared_bytes(BLOCK_BYTES[weight.kind])
-    kernel = compiler.load_kernel(source(weight.kind), "gemm", output.device, defines, shared_bytes)
+    kernel = _kernel(tile, weight.kind, output.dtype, experts, output.device)
     gemm_launch.launch(
         kernel, tile, operand, weight.body, weight.row_scale, output, bias, expert_starts, weight.outliers,
         weight.outlier_row_scale,
     )  # fmt: skip
+
+
+@functools.cache
+def _kernel(tile: Tile, kind: Kind, dtype: torch.dtype, experts: int, device: torch.device) -> compiler.Kernel:
+    shared_bytes = tile.shared_bytes(BLOCK_BYTES[kind])
+    return compiler.load_kernel(source(kind), "gemm", device, tile.defines(dtype, experts), shared_bytes)
 
 
 # ---------------------------------------------------------------------------------------------- the operator

@@ -83,7 +83,7 @@ def plan(
         1, channels, body, x.dtype, format, prologue, "s8", None if table is None else table.dtype, hadamard, aligned
     )
     own = {"THREADS": THREADS, "WEIGHT_BITS": bits, "STAGES": STAGES, "GATED": int(gated)}
-    return how._replace(defines={**how.defines, **own}, threads=THREADS)
+    return how._replace(defines=compiler.Defines({**how.defines, **own}), threads=THREADS)
 
 
 def launch(

@@ -1,11 +1,13 @@
 """How prefill attention runs on warpgroup MMAs (sm_90a): whom it serves, what is compiled in, and the launch."""
 
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from atomcli.kernels.attention_launch import LOG2_E, NO_WINDOW, QUERIES, Biases, Loader, dense_heads, scratch
+from atomcli.kernels.compiler import Defines
 from atomcli.kernels.pages import PageFormat
 
 PREFILL_SM90A = "attention_prefill_sm90a"  # cuda/<name>.cu, and the entry in it
@@ -31,10 +33,11 @@ def why_not(arch: str, group: int, biases: Biases, scaling: float) -> str | None
 class WarpgroupPlan(NamedTuple):
     """One compiled kernel: its defines and shared memory."""
 
-    defines: dict[str, int | str]
+    defines: Defines
     shared_bytes: int
 
 
+@functools.cache
 def plan_warpgroups(fmt: PageFormat, dtype: torch.dtype, shared_limit: int) -> WarpgroupPlan:
     """The kernel for these pages, with as many stages of keys and values as fit beside queries and results."""
     row = fmt.head_dim * 2
@@ -47,7 +50,7 @@ def plan_warpgroups(fmt: PageFormat, dtype: torch.dtype, shared_limit: int) -> W
         "QUERY": QUERIES[dtype],
         "STAGES": stages,
     }
-    return WarpgroupPlan(defines, others + stages * 2 * TILE * row)
+    return WarpgroupPlan(Defines(defines), others + stages * 2 * TILE * row)
 
 
 def launch_warpgroups(

@@ -166,7 +166,9 @@ def _call(
     if reason:
         raise UnsupportedError(f"Scheme {scheme.name} can't be quantized on the GPU: {reason}.")
     format = scheme.activations
-    return torch.ops.atom.quantize_activations(
+    # torch.compile is to see one node; a launch does without torch's dispatch.
+    run = _quantize_activations if x.is_cuda and not torch.compiler.is_compiling() else _operator
+    return run(
         x, other, weight, layout.table, layout.body, layout.hadamard, prologue, format.element, format.group,
         format.scale, format.symmetric, format.clip, format.adaptive, container, row_multiple, epsilon, unit_offset,
         want_row,
@@ -203,7 +205,6 @@ def allocate(
     )
 
 
-@torch.library.custom_op("atom::quantize_activations", mutates_args=(), device_types="cuda")
 def _quantize_activations(
     x: Tensor,
     other: Tensor | None,
@@ -236,7 +237,12 @@ def _quantize_activations(
     return results  # type: ignore[return-value]
 
 
-@_quantize_activations.register_fake
+_operator = torch.library.custom_op(
+    "atom::quantize_activations", _quantize_activations, mutates_args=(), device_types="cuda"
+)
+
+
+@_operator.register_fake
 def _quantize_activations_fake(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     _, _, _, body, _, prologue, *numbers, container, row_multiple, _, _, want_row = rest
     return allocate(x, body, ActivationFormat(*numbers), prologue, container, row_multiple, want_row)

@@ -1,5 +1,6 @@
 """How a layer's input is quantized, by cuda/quantize_activations.cu or cuda/quantize_pairs.cu: plan and launch."""
 
+import functools
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, Protocol
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from atomcli.formats.scheme import ActivationFormat
-from atomcli.kernels.compiler import multiprocessors
+from atomcli.kernels.compiler import Defines, architecture, multiprocessors
 from atomcli.kernels.layouts import BLOCK
 
 MAX_THREADS = 1024
@@ -28,7 +29,7 @@ class Launch(NamedTuple):
     """How one problem is run: the kernel, of cuda/<kernel>.cu, what is compiled in, the grid and the shared memory."""
 
     kernel: Literal["quantize_activations", "quantize_pairs"]
-    defines: dict[str, int | str]
+    defines: Defines
     threads: int
     shared_bytes: int
     cluster: int = 1  # blocks for one token
@@ -68,6 +69,25 @@ def plan(
     a block takes one token, and each lane keeps 4 or 16 channels of up to 8 k-blocks in registers; on `hopper`, where
     this was measured, a few long rows are split among the blocks of a cluster.
     """
+    few = next((most for most in (SPLIT_TOKENS, FEW_TOKENS) if tokens <= most), FEW_TOKENS + 1)
+    return _plan(few, channels, body, dtype, format, prologue, container, table, hadamard, aligned, hopper)
+
+
+@functools.cache
+def _plan(
+    tokens: int,
+    channels: int,
+    body: int,
+    dtype: torch.dtype,
+    format: ActivationFormat,
+    prologue: Prologue,
+    container: Container,
+    table: torch.dtype | None,
+    hadamard: bool,
+    aligned: bool,
+    hopper: bool,
+) -> Launch:
+    """The plan of every number of tokens up to the next limit: a launch can't wait for it to be made again."""
     blocks = -(-body // BLOCK) + -(-(channels - body) // BLOCK)
     channels_per_lane = 4 if tokens <= FEW_TOKENS and blocks <= 8 * MAX_THREADS // 32 else 16
     scales = {
@@ -119,7 +139,7 @@ def plan(
         "THREADS": threads,
     }
     shared_bytes = SHARED_HEADER + (channels + 1) * dtype.itemsize
-    return Launch("quantize_activations", defines, threads, shared_bytes, cluster=cluster)
+    return Launch("quantize_activations", Defines(defines), threads, shared_bytes, cluster=cluster)
 
 
 def _plan_pairs(
@@ -138,8 +158,8 @@ def _plan_pairs(
     resident = min(8, 65536 // (threads * registers), limit // (shared_bytes + 1024))
     if resident == 0 or threads > MAX_THREADS or staged_bytes > 1 << 16:  # channels' places have 16 bits
         return None
-    defines = defines | {"THREADS": threads, "RESIDENT": resident, "ROUNDS": 1}
-    return Launch("quantize_pairs", defines, threads, shared_bytes, resident=resident)
+    own = {"THREADS": threads, "RESIDENT": resident, "ROUNDS": 1}
+    return Launch("quantize_pairs", Defines(defines | own), threads, shared_bytes, resident=resident)
 
 
 def launch(
@@ -176,7 +196,7 @@ def launch(
         None if table is None else table.dtype,
         hadamard,
         aligned,
-        hopper=x.is_cuda and torch.cuda.get_device_capability(x.device) == (9, 0),
+        hopper=x.is_cuda and architecture(x.device) == "90a",
     )
     padded = token_scale.shape[0]
     grid = padded * how.cluster

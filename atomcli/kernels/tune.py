@@ -55,8 +55,14 @@ TILES = (
 
 def choose(device: torch.device, kind: Kind, rows: int, blocks: int, tokens: int) -> Tile:
     """The tile for `tokens` tokens, `rows` output channels and `blocks` blocks of 128 body channels."""
-    known = _measured(_card(device)).get(_key(kind, rows, blocks, tokens))
-    return fit(known, kind) if known else default(kind, rows, tokens, compiler.multiprocessors(device))
+    return _chosen(_card(device), compiler.multiprocessors(device), kind, rows, blocks, _bucket(tokens))
+
+
+@functools.cache
+def _chosen(card: str, multiprocessors: int, kind: Kind, rows: int, blocks: int, bucket: int) -> Tile:
+    """The tile for every number of tokens in the bucket."""
+    known = _measured(card).get(_key(kind, rows, blocks, bucket))
+    return fit(known, kind) if known else default(kind, rows, bucket, multiprocessors)
 
 
 def default(kind: Kind, rows: int, tokens: int, multiprocessors: int) -> Tile:
@@ -159,4 +165,10 @@ def _keep(card: str, tiles: dict[str, Tile]) -> None:
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
         json.dump(table, file, indent=1, sort_keys=True)
     Path(file.name).replace(path)
+    forget()
+
+
+def forget() -> None:
+    """Read again what was measured, and choose anew."""
     _measured.cache_clear()
+    _chosen.cache_clear()

@@ -237,3 +237,12 @@ def test_what_the_kernel_can_not_read_is_refused() -> None:
         quantization.check(torch.zeros(2, 8), torch.zeros(2, 4), None, 8)
     assert "256" in (quantization.why_not(cases.scheme_of(ActivationFormat("int4", 256, "fp16"), 0, False), 512) or "")
     assert quantization.why_not(SCHEMES["w4a4"], 28672) is None
+
+
+@pytest.mark.parametrize("channels", [576, 4096, 11008])
+def test_a_plan_holds_for_all_tokens_up_to_the_next_limit(channels: int) -> None:
+    rest = (channels, channels - 128, torch.bfloat16, SCHEMES["w4a8"].activations, "plain", "s8", torch.uint16, True)
+    for tokens in (*range(1, 20), *range(255, 275), 4096):
+        assert quantize_launch.plan(tokens, *rest, True, True) == quantize_launch._plan.__wrapped__(
+            tokens, *rest, True, True
+        )

@@ -48,14 +48,25 @@ def test_a_measured_choice_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("ATOM_CACHE", str(tmp_path))
     monkeypatch.setattr(tune, "_card", lambda device: "A card")
     monkeypatch.setattr(tune.compiler, "multiprocessors", lambda device: 132)
-    tune._measured.cache_clear()
+    tune.forget()
     device = torch.device("cpu")
     ruled = tune.choose(device, "w4", 512, 7, 100)
     measured = Tile(16, 1, 4, 4, 4, split="all")
     tune._keep("A card", {tune._key("w4", 512, 7, 100): measured})
     assert tune.choose(device, "w4", 512, 7, 128) == measured != ruled
     assert tune.choose(device, "w4", 512, 7, 129) == tune.default("w4", 512, 129, 132)
-    tune._measured.cache_clear()
+    tune.forget()
+
+
+@pytest.mark.parametrize("card", ["NVIDIA H100 80GB HBM3", "A card"])
+def test_a_choice_of_a_bucket_is_each_of_its_tokens(card: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "_card", lambda device: card)
+    monkeypatch.setattr(tune.compiler, "multiprocessors", lambda device: 132)
+    device, measured = torch.device("cpu"), tune._measured(card)
+    for tokens, rows in itertools.product((*range(1, 600), 1023, 1024, 1025, 4096, 4097, 9000), (4096, 22016)):
+        known = measured.get(tune._key("w4", rows, 32, tokens))
+        expected = tune.fit(known, "w4") if known else tune.default("w4", rows, tokens, 132)
+        assert tune.choose(device, "w4", rows, 32, tokens) == expected
 
 
 def test_tiles_are_dealt_in_turn_or_cut_up() -> None:

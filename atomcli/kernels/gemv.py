@@ -79,9 +79,9 @@ def plan(
     channels = x.shape[1]
     rows = [t for t in (x, other, norm_weight) if t is not None]
     aligned = channels % 8 == 0 and body % 8 == 0 and all(t.data_ptr() % 16 == 0 for t in rows)
-    how = quantize_launch.plan(
-        1, channels, body, x.dtype, format, prologue, "s8", None if table is None else table.dtype, hadamard, aligned
-    )
+    indices = None if table is None else table.dtype
+    task = quantize_launch.Task(channels, body, x.dtype, format, prologue, "s8", indices, hadamard, aligned)
+    how = quantize_launch.plan(1, task)
     own = {"THREADS": THREADS, "WEIGHT_BITS": bits, "STAGES": STAGES, "GATED": int(gated)}
     return how._replace(defines=compiler.Defines({**how.defines, **own}), threads=THREADS)
 

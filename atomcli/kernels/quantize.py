@@ -167,7 +167,8 @@ def _call(
         raise UnsupportedError(f"Scheme {scheme.name} can't be quantized on the GPU: {reason}.")
     format = scheme.activations
     # torch.compile is to see one node; a launch does without torch's dispatch.
-    run = _quantize_activations if x.is_cuda and not torch.compiler.is_compiling() else _operator
+    direct = x.is_cuda and not torch.compiler.is_compiling()
+    run = _quantize_activations if direct else torch.ops.atom.quantize_activations
     return run(
         x, other, weight, layout.table, layout.body, layout.hadamard, prologue, format.element, format.group,
         format.scale, format.symmetric, format.clip, format.adaptive, container, row_multiple, epsilon, unit_offset,

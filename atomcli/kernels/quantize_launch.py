@@ -50,45 +50,44 @@ class Loader(Protocol):
     def __call__(self, how: Launch) -> Launchable: ...
 
 
-def plan(
-    tokens: int,
-    channels: int,
-    body: int,
-    dtype: torch.dtype,
-    format: ActivationFormat,
-    prologue: Prologue,
-    container: Container,
-    table: torch.dtype | None,
-    hadamard: bool,
-    aligned: bool,
-    hopper: bool = False,
-) -> Launch:
+class Task(NamedTuple):
+    """What becomes of a row: of `channels` in `dtype` the first `body` get the format's codes, the others INT8 ones.
+
+    table: the dtype of the permutation and signs, None without any. aligned: whether rows can be read 16 bytes at a
+    time. hopper: whether the card is one on which splitting rows was measured.
+    """
+
+    channels: int
+    body: int
+    dtype: torch.dtype
+    format: ActivationFormat
+    prologue: Prologue
+    container: Container
+    table: torch.dtype | None
+    hadamard: bool
+    aligned: bool
+    hopper: bool = False
+
+    @property
+    def blocks(self) -> int:
+        """k-blocks of the body and of the outliers."""
+        return -(-self.body // BLOCK) + -(-(self.channels - self.body) // BLOCK)
+
+
+def plan(tokens: int, task: Task) -> Launch:
     """The kernel, its compile-time parameters and launch shape.
 
     Many tokens go two by two through blocks that stay on their SM, where shared memory and registers hold both. Else
     a block takes one token, and each lane keeps 4 or 16 channels of up to 8 k-blocks in registers; on `hopper`, where
     this was measured, a few long rows are split among the blocks of a cluster.
     """
-    few = next((most for most in (SPLIT_TOKENS, FEW_TOKENS) if tokens <= most), FEW_TOKENS + 1)
-    return _plan(few, channels, body, dtype, format, prologue, container, table, hadamard, aligned, hopper)
+    return _plan(next((most for most in (SPLIT_TOKENS, FEW_TOKENS) if tokens <= most), FEW_TOKENS + 1), task)
 
 
 @functools.cache
-def _plan(
-    tokens: int,
-    channels: int,
-    body: int,
-    dtype: torch.dtype,
-    format: ActivationFormat,
-    prologue: Prologue,
-    container: Container,
-    table: torch.dtype | None,
-    hadamard: bool,
-    aligned: bool,
-    hopper: bool,
-) -> Launch:
+def _plan(tokens: int, task: Task) -> Launch:
     """The plan of every number of tokens up to the next limit: a launch can't wait for it to be made again."""
-    blocks = -(-body // BLOCK) + -(-(channels - body) // BLOCK)
+    blocks, format = task.blocks, task.format
     channels_per_lane = 4 if tokens <= FEW_TOKENS and blocks <= 8 * MAX_THREADS // 32 else 16
     scales = {
         "row": "PER_TOKEN",
@@ -98,25 +97,25 @@ def _plan(
         "two_level": "TWO_LEVEL",
     }
     defines: dict[str, int | str] = {
-        "INPUT": INPUTS[dtype],
-        "INDEX": "unsigned" if table == torch.uint32 else "unsigned short",
-        "PROLOGUE": prologue.upper(),
+        "INPUT": INPUTS[task.dtype],
+        "INDEX": "unsigned" if task.table == torch.uint32 else "unsigned short",
+        "PROLOGUE": task.prologue.upper(),
         "SCALES": scales[format.scale] + ("" if format.symmetric else "_ASYMMETRIC"),
         "ELEMENT": format.element.upper(),
-        "CONTAINER": container.upper(),
-        "TABLE": int(table is not None),
-        "HADAMARD": int(hadamard),
-        "ALIGNED": int(aligned),
+        "CONTAINER": task.container.upper(),
+        "TABLE": int(task.table is not None),
+        "HADAMARD": int(task.hadamard),
+        "ALIGNED": int(task.aligned),
         "GROUP": format.group or BLOCK,
         "CLIPS": int(format.clip < 1),
         "ADAPTIVE": int(format.adaptive),
         "CHANNELS": channels_per_lane,
     }
-    if channels_per_lane == 16 and aligned and dtype.itemsize == 2:
-        how = _plan_pairs(channels, blocks, prologue, defines, hopper)
+    if channels_per_lane == 16 and task.aligned and task.dtype.itemsize == 2:
+        how = _plan_pairs(task, defines)
         if how is not None:
             return how
-    split = hopper and channels_per_lane == 4 and tokens <= SPLIT_TOKENS and blocks > 64
+    split = task.hopper and channels_per_lane == 4 and tokens <= SPLIT_TOKENS and blocks > 64
     cluster = next(n for n in (1, 2, 4, 8) if n * SPLIT_BLOCKS >= blocks or n == 8) if split else 1
     own = -(-blocks // cluster)
     lanes = BLOCK // channels_per_lane
@@ -128,7 +127,7 @@ def _plan(
         per_lane = max(1, min(2, -(-blocks // 64)))
     wanted = -(-own // per_lane) * lanes
     if cluster > 1:  # each of its blocks stages the whole row: 16 bytes a thread, if it can
-        wanted = max(wanted, channels * dtype.itemsize // 16)
+        wanted = max(wanted, task.channels * task.dtype.itemsize // 16)
     threads = min(MAX_THREADS, -(-wanted // 32) * 32)
     slots = threads // lanes if cluster == 1 else -(-own // per_lane)
     defines |= {
@@ -138,23 +137,21 @@ def _plan(
         "PASSES": int(per_lane * slots < own),
         "THREADS": threads,
     }
-    shared_bytes = SHARED_HEADER + (channels + 1) * dtype.itemsize
+    shared_bytes = SHARED_HEADER + (task.channels + 1) * task.dtype.itemsize
     return Launch("quantize_activations", Defines(defines), threads, shared_bytes, cluster=cluster)
 
 
-def _plan_pairs(
-    channels: int, blocks: int, prologue: Prologue, defines: dict[str, int | str], hopper: bool
-) -> Launch | None:
+def _plan_pairs(task: Task, defines: dict[str, int | str]) -> Launch | None:
     """Two tokens at a time, by as many blocks as an SM holds; None if it can't hold one."""
-    threads = -(-blocks * (BLOCK // 16) // 32) * 32
-    limit = HOPPER_SHARED_LIMIT if hopper else SHARED_LIMIT
-    inputs = 2 if prologue in ("add_norm", "silu_mul") else 1
-    staged_bytes = 2 * (2 * channels + 16)  # two rows interleaved, in two planes
+    threads = -(-task.blocks * (BLOCK // 16) // 32) * 32
+    limit = HOPPER_SHARED_LIMIT if task.hopper else SHARED_LIMIT
+    inputs = 2 if task.prologue in ("add_norm", "silu_mul") else 1
+    staged_bytes = 2 * (2 * task.channels + 16)  # two rows interleaved, in two planes
 
     # The header, where lanes' channels lie, the staged rows, and the rows on their way: of one pair, for a second one
     # took 2 to 10 % longer at nearly every shape.
-    shared_bytes = PAIRS_HEADER + 32 * threads + staged_bytes + inputs * 4 * channels
-    registers = 80 if prologue in ("norm", "add_norm") else 64
+    shared_bytes = PAIRS_HEADER + 32 * threads + staged_bytes + inputs * 4 * task.channels
+    registers = 80 if task.prologue in ("norm", "add_norm") else 64
     resident = min(8, 65536 // (threads * registers), limit // (shared_bytes + 1024))
     if resident == 0 or threads > MAX_THREADS or staged_bytes > 1 << 16:  # channels' places have 16 bits
         return None
@@ -185,19 +182,10 @@ def launch(
     per_access = 16 // x.element_size()
     aligned = channels % per_access == 0 and body % per_access == 0 and all(t.data_ptr() % 16 == 0 for t in rows)
     aligned = aligned and all(t.stride(0) % per_access == 0 for t in rows if t.dim() == 2)
-    how = plan(
-        tokens,
-        channels,
-        body,
-        x.dtype,
-        format,
-        prologue,
-        container,
-        None if table is None else table.dtype,
-        hadamard,
-        aligned,
-        hopper=x.is_cuda and architecture(x.device) == "90a",
-    )
+    indices = None if table is None else table.dtype
+    hopper = x.is_cuda and architecture(x.device) == "90a"
+    task = Task(channels, body, x.dtype, format, prologue, container, indices, hadamard, aligned, hopper)
+    how = plan(tokens, task)
     padded = token_scale.shape[0]
     grid = padded * how.cluster
     if how.kernel == "quantize_pairs":

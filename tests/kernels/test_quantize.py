@@ -219,10 +219,11 @@ def test_compiles_without_spills(arch: str) -> None:
     )
     for name, tokens, channels, prologue in cases:
         scheme = SCHEMES[name]
-        how = quantize_launch.plan(
-            tokens, channels, channels - scheme.outliers, torch.bfloat16, scheme.activations, prologue, "s8",  # type: ignore[arg-type]
+        task = quantize_launch.Task(
+            channels, channels - scheme.outliers, torch.bfloat16, scheme.activations, prologue, "s8",  # type: ignore[arg-type]
             torch.uint16, True, True, hopper=arch == "90a",
         )  # fmt: skip
+        how = quantize_launch.plan(tokens, task)
         resources = compile_source(f"{how.kernel}.cu", arch, how.defines).resources[how.kernel]
         assert resources.spill_bytes == 0
         assert resources.registers * how.threads <= 65536
@@ -241,8 +242,7 @@ def test_what_the_kernel_can_not_read_is_refused() -> None:
 
 @pytest.mark.parametrize("channels", [576, 4096, 11008])
 def test_a_plan_holds_for_all_tokens_up_to_the_next_limit(channels: int) -> None:
-    rest = (channels, channels - 128, torch.bfloat16, SCHEMES["w4a8"].activations, "plain", "s8", torch.uint16, True)
+    body, format = channels - 128, SCHEMES["w4a8"].activations
+    task = quantize_launch.Task(channels, body, torch.bfloat16, format, "plain", "s8", torch.uint16, True, True, True)
     for tokens in (*range(1, 20), *range(255, 275), 4096):
-        assert quantize_launch.plan(tokens, *rest, True, True) == quantize_launch._plan.__wrapped__(
-            tokens, *rest, True, True
-        )
+        assert quantize_launch.plan(tokens, task) == quantize_launch._plan.__wrapped__(tokens, task)

@@ -43,6 +43,7 @@ PEERS = {
         Peer("llmcompressor", "quip-gptq-w4a16", "W4A16"),
         Peer("auto-round", "w4a16", "W4A16"),
         Peer("auto-round", "light-w4a16", "W4A16"),
+        Peer("auto-round", "opt-rtn-w4a16", "W4A16"),
         Peer("auto-round", "rtn-w4a16", "W4A16"),
         Peer("gptqmodel", "gptq-w4a16", "W4A16"),
         Peer("llmcompressor", "gptq-w4a8", "W4A8"),

@@ -6,10 +6,17 @@ from typing import Any
 from auto_round import AutoRound
 from transformers import AutoModelForCausalLM
 
-from atomcli.benchmarks.drivers.run import compressed_tensors_model, parent_model, run, tokenizer
+from atomcli.benchmarks.drivers.run import compressed_tensors_model, dense, parent_model, run, tokenizer
 from atomcli.benchmarks.scores import Job
 
-ITERATIONS = {"": 200, "light": 50, "rtn": 0}  # its default, its light recipe, and no tuning at all
+ITERATIONS = {"": 200, "light": 50, "rtn": 0, "opt-rtn": 0}  # its default, its light recipe, and no tuning
+# What its own recipes of these names set beside the iterations. Left alone it learns at 1 / iterations, and without
+# iterations it searches scales (opt-rtn).
+OPTIONS: dict[str, dict[str, Any]] = {
+    "light": {"lr": 5e-3},
+    "rtn": {"disable_opt_rtn": True},
+    "opt-rtn": {"disable_opt_rtn": False},
+}
 FORMATS = {"w4a16": "auto_round", "nvfp4": "llm_compressor"}
 ACTIVATIONS = {"w4a16": None, "nvfp4": {"bits": 4, "group": 16, "scale_bits": 8}}
 
@@ -18,7 +25,8 @@ def quantize(job: Job, out: Path) -> dict[str, Any]:
     """`AutoRound` with the preset and the number of iterations of the job's method, for example light-w4a16."""
     effort, _, name = job.method.rpartition("-")
     tokens = job.calibration()
-    options = {"group_size": job.group} if name == "w4a16" else {}
+    options: dict[str, Any] = {"group_size": job.group} if name == "w4a16" else {}
+    options |= OPTIONS.get(effort, {})
     rounder = AutoRound(
         parent_model(job),
         tokenizer(job),
@@ -46,7 +54,8 @@ def load(job: Job) -> Any:
         return compressed_tensors_model(job.checkpoint)
     import auto_round.inference  # noqa: F401  registers its format
 
-    return AutoModelForCausalLM.from_pretrained(job.checkpoint, dtype="auto", device_map=job.device)
+    model = AutoModelForCausalLM.from_pretrained(job.checkpoint, dtype="auto", device_map=job.device)
+    return dense(model, "qweight") if job.device == "cpu" else model
 
 
 if __name__ == "__main__":

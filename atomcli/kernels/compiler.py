@@ -199,7 +199,8 @@ class Kernel:
         self.device, self.entry = device, entry
         self.shared_bytes = shared_bytes
         with torch.cuda.device(device):
-            self.device_index = torch.cuda.current_stream().device_index  # asking makes torch's context the current one
+            torch.cuda.current_stream()  # makes torch's context the current one
+            self.device_index = torch.cuda.current_device()
             self.module = function.Module()
             self.module.load(program.cubin)
             self.handle = ctypes.c_void_p(self.module.get_function(entry).ptr)
@@ -238,8 +239,9 @@ class _Arguments:
     def __init__(self, kinds: tuple[type, ...]) -> None:
         codes = ["i" if issubclass(kind, int) else "f" if issubclass(kind, float) else "P" for kind in kinds]
         self._struct = struct.Struct("".join(codes))
-        self._tensors = [place for place, kind in enumerate(kinds) if issubclass(kind, torch.Tensor)]
-        self._missing = [place for place, kind in enumerate(kinds) if kind is type(None)]
+        pointers = [place for place, code in enumerate(codes) if code == "P"]
+        self._missing = [place for place in pointers if kinds[place] is type(None)]
+        self._tensors = [place for place in pointers if place not in self._missing]
         self._values = (ctypes.c_char * self._struct.size)()
         ends = [struct.calcsize("".join(codes[: count + 1])) for count in range(len(codes))]
         begins = [end - struct.calcsize(code) for end, code in zip(ends, codes, strict=True)]

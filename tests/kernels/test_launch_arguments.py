@@ -6,6 +6,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -74,6 +75,12 @@ def test_the_next_launch_passes_its_own_arguments(kernel: Kernel, told: list[Tol
         for argument, pointer in zip(arguments, told[-1]["pointers"], strict=True):
             read, expected = number(argument)
             assert read(pointer).value == expected
+
+
+def test_what_is_neither_a_number_nor_a_tensor_is_no_argument(kernel: Kernel, told: list[Told]) -> None:
+    with pytest.raises(AttributeError, match="data_ptr"):
+        kernel.launch(1, 32, np.int64(3))  # type: ignore[arg-type]
+    assert told == []
 
 
 def test_threads_do_not_share_what_they_pass(kernel: Kernel, told: list[Told]) -> None:

@@ -41,6 +41,11 @@ _LOG = logging.getLogger("atomcli")
 RECIPES = ("w4a16", "atom-w4a8", "atom-w4a8-o0", "atom-w4a4", "atom-best", "nvfp4")
 
 
+def choose_recipes(names: Sequence[str] | None) -> Sequence[str]:
+    """Our recipes of these names or files; those of the classes for None, none for `none`."""
+    return RECIPES if names is None else [] if names == ["none"] else names
+
+
 def adapt(name: str, group: int, kv_cache: str | None, calibration: Mapping[str, Any]) -> Recipe:
     """A recipe with the bench's group (where its format leaves a choice), cache and calibration text.
 

@@ -216,7 +216,7 @@ def accuracy(
     *,
     recipe: Annotated[
         list[str] | None,
-        typer.Option("--recipe", "-r", help="Ours: a recipe by name or file; repeatable [those of the classes]."),
+        typer.Option("--recipe", "-r", help="Ours: a recipe by name or file, or none; repeatable [of each class]."),
     ] = None,
     checkpoint: Annotated[
         list[Path] | None,
@@ -265,9 +265,8 @@ def accuracy(
     from atomcli.runtime.device import choose_device
     from atomcli.text import evaluation_windows
 
-    names = bench.RECIPES if recipe is None else recipe
     calibration = bench.adapt("w4a16", group, kv_cache, text)
-    recipes = {name: bench.adapt(name, group, kv_cache, text) for name in names}
+    recipes = {name: bench.adapt(name, group, kv_cache, text) for name in bench.choose_recipes(recipe)}
     chosen, pythons = choose_peers(peer), parse_pythons(peer_python or [])
     check_models([str(path) for path in checkpoint or []], device)
     source = open_source(model)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from atomcli.benchmarks import accuracy, peers, scores
-from atomcli.benchmarks.accuracy import adapt, kind_of, leaderboard
+from atomcli.benchmarks.accuracy import adapt, choose_recipes, kind_of, leaderboard
 from atomcli.benchmarks.peers import PEERS, choose_peers, parse_pythons, run_peer
 from atomcli.benchmarks.scores import Job, load_recording, make, parent_perplexity, score
 from atomcli.benchmarks.trial import Trial, export, prepare, record, stored_bits
@@ -195,6 +195,9 @@ def test_a_group_is_given_where_a_format_has_a_choice() -> None:
 def test_names_of_peers(tmp_path: Path) -> None:
     assert choose_peers(None) == [*PEERS.values()]
     assert choose_peers(["none"]) == []
+    assert list(choose_recipes(["none"])) == []
+    assert list(choose_recipes(["w4a16"])) == ["w4a16"]
+    assert len(choose_recipes(None)) > 1
     with pytest.raises(UsageError) as caught:
         choose_peers(["llmcompressor/gptq-w4a61"])
     assert "llmcompressor/gptq-w4a16" in str(caught.value.hint)
